@@ -1,0 +1,3 @@
+//! The command for operators.
+
+fn main() {}

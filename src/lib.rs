@@ -1,0 +1,7 @@
+//! Ferries the memory of running virtual machines and processes from one Linux host to another while they run.
+
+pub mod chunk;
+pub mod dirty;
+pub mod subject;
+#[allow(unsafe_code, reason = "the one folder that may; see its docs")]
+pub mod sys;

@@ -1,0 +1,3 @@
+//! Owned, safe wrappers around what needs `unsafe`: the only folder of this crate that may.
+//!
+//! Memory that others write is never lent as `&[u8]`. Layouts and ioctl numbers are asserted at compile time.

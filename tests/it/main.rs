@@ -1,0 +1,2 @@
+//! Tests of the public interface that need no privilege.
+#![allow(clippy::unwrap_used, reason = "a test may panic, helpers too")]
