@@ -212,10 +212,6 @@ impl core::fmt::Debug for ChunkBitmap {
     }
 }
 
-#[expect(
-    clippy::cast_possible_truncation,
-    reason = "the words were allocated, so their number fits"
-)]
 const fn word_of(chunk: u64) -> usize {
     (chunk / 64) as usize
 }

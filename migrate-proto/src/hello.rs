@@ -1,0 +1,247 @@
+//! The first message of both sides, and what they agree on: decided before anything is allocated or touched.
+
+use alloc::format;
+use alloc::string::String;
+use alloc::vec::Vec;
+
+use crate::chunk::{ChunkSize, Layout, RegionDescriptor};
+use crate::coding::{Reader, Writer};
+use crate::error::{DecodeError, ProtocolError};
+use crate::limits::{MAX_ATTRIBUTES, MAX_CHUNKS, MAX_NAME, MAX_REGIONS};
+
+/// A version of the protocol. This enum is its changelog.
+///
+/// * 1: the first.
+pub type Version = u16;
+
+/// The versions that this code speaks, oldest and newest.
+pub const VERSIONS: (Version, Version) = (1, 1);
+
+/// When the two copies are compared, chunk by chunk, besides the checksum that every chunk carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Verify {
+    /// Not at all.
+    #[default]
+    Off,
+    /// Before ownership passes: adds to the blackout, and a difference rolls back.
+    Before,
+    /// Once the guest runs at the destination: adds nothing to the blackout; a difference is reported.
+    After,
+}
+
+/// What a side is in a session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Owns the memory now.
+    Seeder,
+    /// Owns it next.
+    Leecher,
+}
+
+/// The first message of a side.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hello {
+    /// Oldest version spoken.
+    pub oldest: Version,
+    /// Newest version spoken.
+    pub newest: Version,
+    /// Capabilities without which this side cannot work. None is defined yet; an unknown bit is refused.
+    pub required: u64,
+    /// Capabilities that this side could use. Unknown bits are ignored.
+    pub optional: u64,
+    /// What this side is.
+    pub role: Role,
+    /// The unit of transfer. The seeder proposes, the leecher repeats it.
+    pub chunk_size: ChunkSize,
+    /// The regions with names and lengths in bytes, in the order of the chunk space.
+    pub regions: Vec<RegionDescriptor>,
+    /// Whether this side can work with post-copy.
+    pub post_copy: bool,
+    /// The seeder's choice; the leecher's is ignored.
+    pub verify: Verify,
+    /// Only compare and measure: nothing is changed on either side.
+    pub dry_run: bool,
+    /// What the subject is.
+    pub kind: String,
+    /// Facts about the subject that the leecher compares.
+    pub attributes: Vec<(String, String)>,
+}
+
+/// What both sides agree on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Agreement {
+    /// The version that is spoken from now on.
+    pub version: Version,
+    /// The chunk space.
+    pub layout: Layout,
+    /// When the copies are compared.
+    pub verify: Verify,
+    /// Whether both sides can work with post-copy.
+    pub post_copy: bool,
+    /// Only compare and measure.
+    pub dry_run: bool,
+}
+
+impl Hello {
+    /// The chunk space this side describes.
+    ///
+    /// # Errors
+    /// If it has no region, no bytes, too many, or two of one name.
+    pub fn layout(&self) -> Result<Layout, ProtocolError> {
+        let incompatible = |reason| ProtocolError::Incompatible { reason };
+        for (index, region) in self.regions.iter().enumerate() {
+            if self.regions[..index]
+                .iter()
+                .any(|other| other.name == region.name)
+            {
+                return Err(incompatible(format!(
+                    "two regions are named {}",
+                    region.name
+                )));
+            }
+        }
+        Layout::new(self.chunk_size, self.regions.clone())
+            .filter(|layout| (1..=MAX_CHUNKS).contains(&layout.chunks()))
+            .ok_or_else(|| incompatible("the regions are empty or too large".into()))
+    }
+
+    /// Compares the two first messages; symmetric, so that both sides come to the same end.
+    ///
+    /// # Errors
+    /// Names what differs, with both values.
+    pub fn agree(&self, theirs: &Self) -> Result<Agreement, ProtocolError> {
+        let incompatible = |reason| Err(ProtocolError::Incompatible { reason });
+        let version = self.newest.min(theirs.newest);
+        if version < self.oldest.max(theirs.oldest) {
+            return incompatible(format!(
+                "this side speaks versions {} to {} of the protocol, the other {} to {}",
+                self.oldest, self.newest, theirs.oldest, theirs.newest
+            ));
+        }
+        if theirs.required != 0 {
+            return incompatible(format!(
+                "the other side requires capabilities {:#x} that this version does not have",
+                theirs.required
+            ));
+        }
+        let (seeder, leecher) = match (self.role, theirs.role) {
+            (Role::Seeder, Role::Leecher) => (self, theirs),
+            (Role::Leecher, Role::Seeder) => (theirs, self),
+            (Role::Seeder, Role::Seeder) => return incompatible("both sides send".into()),
+            (Role::Leecher, Role::Leecher) => return incompatible("both sides receive".into()),
+        };
+        if seeder.kind != leecher.kind {
+            return incompatible(format!(
+                "the source is of kind {}, the destination of kind {}",
+                seeder.kind, leecher.kind
+            ));
+        }
+        if seeder.regions.len() != leecher.regions.len() {
+            return incompatible(format!(
+                "the source has {} memory regions, the destination {}",
+                seeder.regions.len(),
+                leecher.regions.len()
+            ));
+        }
+        for (source, destination) in seeder.regions.iter().zip(&leecher.regions) {
+            if source != destination {
+                return incompatible(format!(
+                    "memory region {} of the source has {} bytes, {} of the destination has {}",
+                    source.name, source.len, destination.name, destination.len
+                ));
+            }
+        }
+        Ok(Agreement {
+            version,
+            layout: seeder.layout()?,
+            verify: seeder.verify,
+            post_copy: seeder.post_copy && leecher.post_copy,
+            dry_run: seeder.dry_run,
+        })
+    }
+
+    pub(crate) fn encode(&self, out: &mut Vec<u8>) {
+        out.put_u16(self.oldest);
+        out.put_u16(self.newest);
+        out.put_u64(self.required);
+        out.put_u64(self.optional);
+        out.put_u8(match self.role {
+            Role::Seeder => 0,
+            Role::Leecher => 1,
+        });
+        out.put_u32(self.chunk_size.bytes());
+        out.put_u8(u8::from(self.post_copy));
+        out.put_u8(match self.verify {
+            Verify::Off => 0,
+            Verify::Before => 1,
+            Verify::After => 2,
+        });
+        out.put_u8(u8::from(self.dry_run));
+        out.put_u16(u16::try_from(self.regions.len()).expect("limited when it was made"));
+        for region in &self.regions {
+            out.put_text(&region.name, MAX_NAME);
+            out.put_u64(region.len);
+        }
+        out.put_text(&self.kind, MAX_NAME);
+        out.put_u16(u16::try_from(self.attributes.len()).expect("limited when it was made"));
+        for (name, value) in &self.attributes {
+            out.put_text(name, MAX_NAME);
+            out.put_text(value, MAX_NAME);
+        }
+    }
+
+    /// Reads the fields of version 1. A later version appends fields, so what follows them is left unread.
+    pub(crate) fn decode(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
+        let invalid = |field| DecodeError::InvalidValue { field };
+        let (oldest, newest) = (reader.u16()?, reader.u16()?);
+        let (required, optional) = (reader.u64()?, reader.u64()?);
+        let role = match reader.u8()? {
+            0 => Role::Seeder,
+            1 => Role::Leecher,
+            _ => return Err(invalid("role")),
+        };
+        let chunk_size = ChunkSize::new(reader.u32()?).ok_or_else(|| invalid("chunk size"))?;
+        let post_copy = reader.bool()?;
+        let verify = match reader.u8()? {
+            0 => Verify::Off,
+            1 => Verify::Before,
+            2 => Verify::After,
+            _ => return Err(invalid("verification")),
+        };
+        let dry_run = reader.bool()?;
+        let count = reader.count(10)?;
+        if count > MAX_REGIONS {
+            return Err(invalid("number of regions"));
+        }
+        let regions = (0..count)
+            .map(|_| {
+                Ok(RegionDescriptor {
+                    name: reader.text(MAX_NAME)?,
+                    len: reader.u64()?,
+                })
+            })
+            .collect::<Result<_, DecodeError>>()?;
+        let kind = reader.text(MAX_NAME)?;
+        let count = reader.count(4)?;
+        if count > MAX_ATTRIBUTES {
+            return Err(invalid("number of attributes"));
+        }
+        let attributes = (0..count)
+            .map(|_| Ok((reader.text(MAX_NAME)?, reader.text(MAX_NAME)?)))
+            .collect::<Result<_, DecodeError>>()?;
+        Ok(Self {
+            oldest,
+            newest,
+            required,
+            optional,
+            role,
+            chunk_size,
+            regions,
+            post_copy,
+            verify,
+            dry_run,
+            kind,
+            attributes,
+        })
+    }
+}

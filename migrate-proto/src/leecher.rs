@@ -1,0 +1,621 @@
+//! The side that owns the memory next: what it accepts, what it asks for, and when it may run.
+//!
+//! ```text
+//! Greeting → Preparing → Prefetching → Finalizing → Loading → Ready → Owning → Done
+//! ```
+//!
+//! A chunk is *remote* until it is installed, and again once a dirty set names it. While prefetching, chunks are
+//! received straight into memory, since nobody else looks at it. From `Finalizing` on the subject may look, so a
+//! chunk is installed whole or not at all and never over a resident one.
+//!
+//! Only [`Message::Release`] makes this side an owner. If the session breaks while it waits for that, nobody can
+//! know whether the token is on its way: [`Event::Undecided`].
+
+mod install;
+
+use alloc::collections::VecDeque;
+use alloc::string::String;
+use core::mem;
+
+use crate::bitmap::ChunkBitmap;
+use crate::chunk::ChunkRun;
+use crate::converge::Micros;
+use crate::error::{AbortCode, ProtocolError};
+use crate::handover::Ownership;
+use crate::hello::{Agreement, Hello, Verify};
+use crate::limits::MAX_STATE;
+use crate::message::{Chunks, Message};
+use crate::silence::Silence;
+use install::Residency;
+pub use install::{Admission, Fault, Part, ZERO_DIGEST, chunk_digest, reserve};
+
+/// What a leecher is started with.
+#[derive(Debug, Clone)]
+pub struct LeecherConfig {
+    /// Its first message.
+    pub hello: Hello,
+    /// How many bytes of chunks may be in flight at once.
+    pub window: u64,
+    /// How many bulk lanes there are.
+    pub lanes: u8,
+    /// The longest time that the peer may be silent.
+    pub silence: Micros,
+}
+
+/// What the caller must do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// The geometry fits. Compare the subject's description, make the memory empty, then say so:
+    /// [`Leecher::handle_prepared`]. In a dry run: only compare.
+    Prepare,
+    /// Arm the faults and make every chunk of `remote` absent: nothing is written directly any more.
+    Finalize {
+        /// The chunks that are not here.
+        remote: ChunkBitmap,
+    },
+    /// These chunks turned out to be stale; make them absent.
+    Discard {
+        /// The chunks.
+        stale: ChunkBitmap,
+    },
+    /// Send the digests ([`Leecher::digests`]), then [`Leecher::handle_digests_sent`].
+    Digests,
+    /// The device state is complete: check it, load it, then [`Leecher::handle_loaded`].
+    Load {
+        /// Length in bytes; as many were received.
+        len: u64,
+        /// The digest that it must have.
+        digest: u64,
+    },
+    /// The subject is owned here: run it, then [`Leecher::handle_running`].
+    Run,
+    /// No chunk is remote any more: disarm the faults, then [`Leecher::handle_disarmed`].
+    Drained,
+    /// The seeder has compared the copies.
+    Verdict {
+        /// How many chunks were compared.
+        compared: u64,
+        /// How many differ.
+        different: u64,
+    },
+    /// The session ended as it should.
+    Done,
+    /// The session failed before anything was owned here: the source runs on.
+    Aborted {
+        /// Why.
+        error: ProtocolError,
+    },
+    /// The session broke after Ready and before Release arrived: the subject stands still on both sides, as far
+    /// as this side knows. It must not be run here.
+    Undecided {
+        /// Why.
+        error: ProtocolError,
+    },
+    /// The session broke after Release: the subject is owned here, and these chunks only the source has.
+    Lost {
+        /// Why.
+        error: ProtocolError,
+        /// How many.
+        missing: u64,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Greeting,
+    Preparing,
+    Prefetching,
+    /// Finalize came; the state has not ended.
+    Finalizing,
+    /// The state has ended; digests are compared or the state is loaded.
+    Loading,
+    Ready,
+    Owning {
+        running: bool,
+        /// Drained was reported.
+        drained: bool,
+        /// Complete was said.
+        complete: bool,
+    },
+    Closed,
+}
+
+/// The leecher's half of a session. See the module's documentation.
+#[derive(Debug)]
+pub struct Leecher {
+    config: LeecherConfig,
+    phase: Phase,
+    theirs: Option<Hello>,
+    agreement: Option<Agreement>,
+    residency: Residency,
+    /// The dirty set that is coming in, and its round.
+    incoming: Option<(u32, ChunkBitmap)>,
+    round: u32,
+    state_len: u64,
+    state_end: Option<(u64, u64)>,
+    messages: VecDeque<Message>,
+    fetches: VecDeque<ChunkRun>,
+    events: VecDeque<Event>,
+    silence: Silence,
+}
+
+impl Leecher {
+    /// A leecher at the start of a session: its hello waits in [`poll_message`](Self::poll_message).
+    #[must_use]
+    pub fn new(now: Micros, config: LeecherConfig) -> Self {
+        Self {
+            phase: Phase::Greeting,
+            theirs: None,
+            agreement: None,
+            residency: Residency::new(0, config.lanes, false),
+            incoming: None,
+            round: 0,
+            state_len: 0,
+            state_end: None,
+            messages: VecDeque::from([Message::Hello(config.hello.clone())]),
+            fetches: VecDeque::new(),
+            events: VecDeque::new(),
+            silence: Silence::new(now, config.silence),
+            config,
+        }
+    }
+
+    /// Who may run the subject, as far as this side knows.
+    #[must_use]
+    pub fn ownership(&self) -> Ownership {
+        match self.phase {
+            Phase::Owning { .. } => Ownership::Here,
+            _ => Ownership::There,
+        }
+    }
+
+    /// What this side is doing, in one word.
+    #[must_use]
+    pub fn phase(&self) -> &'static str {
+        match self.phase {
+            Phase::Greeting => "greeting",
+            Phase::Preparing => "preparing",
+            Phase::Prefetching => "prefetching",
+            Phase::Finalizing => "finalizing",
+            Phase::Loading => "loading",
+            Phase::Ready => "ready",
+            Phase::Owning { .. } => "owning",
+            Phase::Closed => "closed",
+        }
+    }
+
+    /// What was agreed, once it was.
+    #[must_use]
+    pub fn agreement(&self) -> Option<&Agreement> {
+        self.agreement.as_ref()
+    }
+
+    /// The seeder's first message, once it came.
+    #[must_use]
+    pub fn theirs(&self) -> Option<&Hello> {
+        self.theirs.as_ref()
+    }
+
+    /// The round that is being received.
+    #[must_use]
+    pub fn round(&self) -> u32 {
+        self.round
+    }
+
+    /// How many chunks are not here. Takes time in proportion to the memory.
+    #[must_use]
+    pub fn missing(&self) -> u64 {
+        self.residency.missing()
+    }
+
+    /// The digests of the chunks `run` as they were installed, 0 where a chunk is remote; empty if nothing is verified.
+    #[must_use]
+    pub fn digests(&self, run: ChunkRun) -> &[u64] {
+        self.residency.digests(run)
+    }
+
+    /// A message came on the control lane, or one that is not [`Message::Chunks`] on another.
+    ///
+    /// # Errors
+    /// If the session cannot go on. It is closed then, and the event that says so is waiting.
+    pub fn handle_message(&mut self, now: Micros, message: Message) -> Result<(), ProtocolError> {
+        self.silence.heard(now);
+        let result = self.dispatch(message);
+        if let Err(error) = &result {
+            self.fail(error.clone());
+        }
+        result
+    }
+
+    fn dispatch(&mut self, message: Message) -> Result<(), ProtocolError> {
+        match (self.phase, message) {
+            (Phase::Closed, _) | (_, Message::Pong) => {}
+            (_, Message::Ping) => self.messages.push_back(Message::Pong),
+            (_, Message::Abort { code, reason }) => {
+                return Err(ProtocolError::PeerAborted { code, reason });
+            }
+            (Phase::Greeting, Message::Hello(theirs)) => self.greet(theirs)?,
+            (Phase::Prefetching | Phase::Finalizing, Message::Dirty { round, pages }) => {
+                let (current, chunks) = (self.round, self.residency.chunks());
+                let (incoming, set) = self
+                    .incoming
+                    .get_or_insert_with(|| (round, ChunkBitmap::empty(chunks)));
+                if round != *incoming || round != current + 1 {
+                    return Err(ProtocolError::Violation {
+                        reason: "its dirty sets are out of order",
+                    });
+                }
+                for page in pages {
+                    page.add_to(set)?;
+                }
+            }
+            (Phase::Prefetching | Phase::Finalizing, Message::Round { round, chunks }) => {
+                self.begin_round(round, chunks)?;
+            }
+            (Phase::Prefetching, Message::Finalize) => {
+                self.phase = Phase::Finalizing;
+                self.events.push_back(Event::Finalize {
+                    remote: self.residency.remote().clone(),
+                });
+            }
+            (Phase::Finalizing, Message::StateEnd { len, digest }) => {
+                if len != self.state_len {
+                    return Err(ProtocolError::Violation {
+                        reason: "its device state is not as long as it says",
+                    });
+                }
+                self.phase = Phase::Loading;
+                self.state_end = Some((len, digest));
+                self.events.push_back(if self.verify() == Verify::Before {
+                    Event::Digests
+                } else {
+                    Event::Load { len, digest }
+                });
+            }
+            (
+                Phase::Loading,
+                Message::Verdict {
+                    compared,
+                    different,
+                },
+            ) if self.verify() == Verify::Before => {
+                self.events.push_back(Event::Verdict {
+                    compared,
+                    different,
+                });
+                // With a difference the seeder ends the session.
+                if let (0, Some((len, digest))) = (different, self.state_end.take()) {
+                    self.events.push_back(Event::Load { len, digest });
+                }
+            }
+            (Phase::Ready, Message::Release { token: _ }) => {
+                self.phase = Phase::Owning {
+                    running: false,
+                    drained: false,
+                    complete: false,
+                };
+                self.events.push_back(Event::Run);
+            }
+            (
+                Phase::Owning { complete: true, .. },
+                Message::Verdict {
+                    compared,
+                    different,
+                },
+            ) if self.verify() == Verify::After => {
+                self.events.push_back(Event::Verdict {
+                    compared,
+                    different,
+                });
+            }
+            (Phase::Owning { complete: true, .. }, Message::Farewell) => self.close(Event::Done),
+            (Phase::Prefetching, Message::Probe | Message::Farewell) if !self.is_dry_run() => {
+                return Err(ProtocolError::Violation {
+                    reason: "it measures although this is no dry run",
+                });
+            }
+            (Phase::Prefetching, Message::Probe) => {}
+            (Phase::Prefetching, Message::Farewell) => self.close(Event::Done),
+            (_, message) => {
+                return Err(ProtocolError::Unexpected {
+                    message: message.name(),
+                    phase: self.phase(),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn greet(&mut self, theirs: Hello) -> Result<(), ProtocolError> {
+        let agreement = self.config.hello.agree(&theirs)?;
+        // A dry run moves nothing, so nothing needs to be kept for it.
+        if !agreement.dry_run {
+            let verify = agreement.verify != Verify::Off;
+            self.residency = Residency::new(agreement.layout.chunks(), self.config.lanes, verify);
+        }
+        self.agreement = Some(agreement);
+        self.theirs = Some(theirs);
+        self.phase = Phase::Preparing;
+        self.events.push_back(Event::Prepare);
+        Ok(())
+    }
+
+    /// The set of the round is complete: what it names is remote again.
+    fn begin_round(&mut self, round: u32, chunks: u64) -> Result<(), ProtocolError> {
+        let space = self.residency.chunks();
+        let (incoming, set) = self
+            .incoming
+            .take()
+            .unwrap_or_else(|| (round, ChunkBitmap::empty(space)));
+        if round != self.round + 1 || incoming != round || set.count() != chunks {
+            return Err(ProtocolError::Violation {
+                reason: "its dirty set is incomplete or out of order",
+            });
+        }
+        self.round = round;
+        self.residency.invalidate(&set);
+        if self.phase == Phase::Finalizing {
+            self.events.push_back(Event::Discard { stale: set });
+        }
+        Ok(())
+    }
+
+    /// A piece of `len` bytes of device state came, which begins at `offset`.
+    ///
+    /// # Errors
+    /// As for [`handle_message`](Self::handle_message).
+    pub fn handle_state(
+        &mut self,
+        now: Micros,
+        offset: u64,
+        len: u64,
+    ) -> Result<(), ProtocolError> {
+        self.silence.heard(now);
+        let result = match self.phase {
+            Phase::Closed => Ok(()),
+            Phase::Prefetching | Phase::Finalizing
+                if offset == self.state_len && offset.saturating_add(len) <= MAX_STATE =>
+            {
+                self.state_len += len;
+                Ok(())
+            }
+            _ => Err(ProtocolError::Violation {
+                reason: "its device state has gaps, is too long, or comes at the wrong time",
+            }),
+        };
+        if let Err(error) = &result {
+            self.fail(error.clone());
+        }
+        result
+    }
+
+    /// The answer to [`Event::Prepare`].
+    pub fn handle_prepared(&mut self) {
+        if self.phase == Phase::Preparing {
+            self.phase = Phase::Prefetching;
+            self.messages.push_back(Message::Accept {
+                window: self.config.window,
+            });
+        }
+    }
+
+    /// The fields of a frame of chunks came on `lane`; its payload has not been read yet and has `payload` bytes.
+    ///
+    /// # Errors
+    /// As for [`handle_message`](Self::handle_message).
+    pub fn admit(
+        &mut self,
+        now: Micros,
+        lane: u8,
+        chunks: &Chunks,
+        payload: u64,
+    ) -> Result<Admission, ProtocolError> {
+        self.silence.heard(now);
+        let result = self.try_admit(lane, chunks, payload);
+        if let Err(error) = &result {
+            self.fail(error.clone());
+        }
+        result
+    }
+
+    fn try_admit(
+        &mut self,
+        lane: u8,
+        chunks: &Chunks,
+        payload: u64,
+    ) -> Result<Admission, ProtocolError> {
+        let direct = match self.phase {
+            Phase::Prefetching => true,
+            Phase::Finalizing | Phase::Loading | Phase::Ready | Phase::Owning { .. } => false,
+            Phase::Closed => return Ok(Admission::Ignore),
+            Phase::Greeting | Phase::Preparing => {
+                return Err(ProtocolError::Unexpected {
+                    message: "Chunks",
+                    phase: self.phase(),
+                });
+            }
+        };
+        let layout = match &self.agreement {
+            Some(agreement) if !agreement.dry_run => &agreement.layout,
+            _ => {
+                return Err(ProtocolError::Violation {
+                    reason: "it sends chunks in a dry run",
+                });
+            }
+        };
+        install::check(layout, chunks, payload)?;
+        if !self.residency.is_next(lane, chunks.sequence)? {
+            return Ok(Admission::Ignore);
+        }
+        if chunks.round > self.round {
+            return Ok(Admission::Wait);
+        }
+        let stale = chunks.round < self.round;
+        let parts = self.residency.sort(chunks, stale);
+        if stale {
+            // Who waits for a chunk that came too old goes on waiting, so it is asked for again.
+            for run in &chunks.runs {
+                self.fetches.extend(self.residency.awaited(run.run));
+            }
+        }
+        Ok(Admission::Install { parts, direct })
+    }
+
+    /// The parts of a frame that were to be installed are; `digests` has one for each data chunk of `chunks`.
+    pub fn handle_installed(&mut self, lane: u8, chunks: &Chunks, parts: &[Part]) {
+        if self.phase == Phase::Closed {
+            return;
+        }
+        self.residency.install(lane, chunks, parts);
+        self.check_drained();
+    }
+
+    /// Somebody waits for `chunk`.
+    pub fn handle_fault(&mut self, chunk: u64) -> Fault {
+        if self.phase == Phase::Closed {
+            return Fault::Lost;
+        }
+        let fault = self.residency.fault(chunk);
+        if fault == Fault::Requested {
+            self.fetches.push_back(ChunkRun::new(chunk, 1));
+        }
+        fault
+    }
+
+    /// The answer to [`Event::Digests`].
+    pub fn handle_digests_sent(&mut self) {
+        if self.phase != Phase::Closed {
+            self.messages.push_back(Message::DigestsEnd);
+        }
+    }
+
+    /// The answer to [`Event::Load`].
+    pub fn handle_loaded(&mut self) {
+        if self.phase == Phase::Loading {
+            self.phase = Phase::Ready;
+            self.messages.push_back(Message::Ready);
+        }
+    }
+
+    /// The answer to [`Event::Run`].
+    pub fn handle_running(&mut self) {
+        if let Phase::Owning { running, .. } = &mut self.phase {
+            *running = true;
+            self.messages.push_back(Message::Running);
+            self.check_drained();
+        }
+    }
+
+    /// The answer to [`Event::Drained`].
+    pub fn handle_disarmed(&mut self) {
+        if let Phase::Owning { complete, .. } = &mut self.phase {
+            *complete = true;
+            self.messages.push_back(Message::Complete);
+            if self.verify() == Verify::After {
+                self.events.push_back(Event::Digests);
+            }
+        }
+    }
+
+    /// A lane broke, the user cancelled, or something failed on this machine.
+    pub fn abort(&mut self, code: AbortCode, reason: String) {
+        self.fail(ProtocolError::Aborted { code, reason });
+    }
+
+    /// Time has passed.
+    pub fn handle_timeout(&mut self, now: Micros) {
+        if self.phase == Phase::Closed {
+            return;
+        }
+        match self.silence.check(now) {
+            Ok(true) => self.messages.push_back(Message::Ping),
+            Ok(false) => {}
+            Err(error) => self.fail(error),
+        }
+    }
+
+    /// When to call [`handle_timeout`](Self::handle_timeout).
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Micros> {
+        (self.phase != Phase::Closed).then(|| self.silence.next())
+    }
+
+    /// The next message for the control lane.
+    pub fn poll_message(&mut self) -> Option<Message> {
+        if let Some(message) = self.messages.pop_front() {
+            return Some(message);
+        }
+        let (lane, sequence) = self.residency.credit()?;
+        Some(Message::Credit { lane, sequence })
+    }
+
+    /// The next message for the urgent lane.
+    pub fn poll_urgent(&mut self) -> Option<Message> {
+        if self.phase == Phase::Closed {
+            return None;
+        }
+        let run = self.fetches.pop_front()?;
+        Some(Message::Fetch { run })
+    }
+
+    /// The next thing that the caller must do.
+    pub fn poll_event(&mut self) -> Option<Event> {
+        self.events.pop_front()
+    }
+
+    fn verify(&self) -> Verify {
+        self.agreement
+            .as_ref()
+            .map_or(Verify::Off, |agreement| agreement.verify)
+    }
+
+    fn is_dry_run(&self) -> bool {
+        self.agreement
+            .as_ref()
+            .is_some_and(|agreement| agreement.dry_run)
+    }
+
+    fn check_drained(&mut self) {
+        if let Phase::Owning {
+            running: true,
+            drained,
+            ..
+        } = &mut self.phase
+            && !*drained
+            && self.residency.is_complete()
+        {
+            *drained = true;
+            self.events.push_back(Event::Drained);
+        }
+    }
+
+    fn close(&mut self, event: Event) {
+        self.phase = Phase::Closed;
+        self.events.push_back(event);
+    }
+
+    fn fail(&mut self, error: ProtocolError) {
+        let phase = mem::replace(&mut self.phase, Phase::Closed);
+        if phase == Phase::Closed {
+            return;
+        }
+        if !matches!(error, ProtocolError::PeerAborted { .. }) {
+            self.messages.push_back(Message::Abort {
+                code: error.code(),
+                reason: alloc::format!("{error}"),
+            });
+        }
+        let event = match phase {
+            // The seeder has not released if it says itself that it ended the session.
+            Phase::Ready if !matches!(error, ProtocolError::PeerAborted { .. }) => {
+                Event::Undecided { error }
+            }
+            Phase::Owning { .. } => Event::Lost {
+                missing: self.residency.missing(),
+                error,
+            },
+            _ => Event::Aborted { error },
+        };
+        self.events.push_back(event);
+    }
+}

@@ -1,0 +1,291 @@
+//! Which chunks are here, which are asked for, and what becomes of those that come.
+
+use alloc::vec;
+use alloc::vec::Vec;
+
+use crate::bitmap::ChunkBitmap;
+use crate::chunk::{ChunkRun, Layout};
+use crate::error::ProtocolError;
+use crate::message::{Chunks, Content};
+
+/// What to do with a frame of chunks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Admission {
+    /// Receive the payload; install the parts that say so.
+    Install {
+        /// The frame in pieces, in the order of the payload.
+        parts: Vec<Part>,
+        /// Nobody else looks at the memory yet: the payload may be received straight into it. Otherwise a chunk is
+        /// installed whole, and a resident page is left as it is.
+        direct: bool,
+    },
+    /// Its round has not begun here: ask again when a message was handled.
+    Wait,
+    /// It was seen before, or the session is over: read the payload and forget it.
+    Ignore,
+}
+
+/// A piece of a frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Part {
+    /// The chunks.
+    pub run: ChunkRun,
+    /// What they hold.
+    pub content: Content,
+    /// Whether they are wanted; if not, their bytes are skipped.
+    pub install: bool,
+}
+
+/// What a fault leads to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// The chunk is fetched now.
+    Requested,
+    /// The chunk is on its way.
+    Awaited,
+    /// The chunk is here: a page of it that is absent is zero.
+    Resident,
+    /// The session is over and the chunk will not come over it.
+    Lost,
+}
+
+/// The state of every chunk: two bits, and a digest where copies are compared.
+#[derive(Debug)]
+pub(super) struct Residency {
+    remote: ChunkBitmap,
+    requested: ChunkBitmap,
+    digests: Vec<u64>,
+    lanes: Vec<Lane>,
+    /// No chunk below this one is remote; only ever used once nothing becomes remote any more.
+    lowest: u64,
+}
+
+#[derive(Debug, Clone, Default)]
+struct Lane {
+    last: u64,
+    credited: u64,
+}
+
+/// Checks what the fields of a frame say against the chunk space and the payload.
+pub(super) fn check(layout: &Layout, chunks: &Chunks, payload: u64) -> Result<(), ProtocolError> {
+    let mut bytes = 0;
+    for run in &chunks.runs {
+        if run.run.end() > layout.chunks() || run.run.count == 0 {
+            return Err(ProtocolError::Violation {
+                reason: "it sends chunks that do not exist",
+            });
+        }
+        if run.content == Content::Data {
+            bytes += layout.bytes_in(run.run);
+        }
+    }
+    if bytes == payload {
+        Ok(())
+    } else {
+        Err(ProtocolError::Violation {
+            reason: "a payload is not as long as its chunks",
+        })
+    }
+}
+
+impl Residency {
+    pub(super) fn new(chunks: u64, bulk_lanes: u8, digests: bool) -> Self {
+        let kept = if digests { chunks } else { 0 };
+        Self {
+            remote: ChunkBitmap::full(chunks),
+            requested: ChunkBitmap::empty(chunks),
+            digests: vec![0; usize::try_from(kept).expect("limited by MAX_CHUNKS")],
+            lanes: vec![Lane::default(); usize::from(bulk_lanes) + 1],
+            lowest: 0,
+        }
+    }
+
+    pub(super) fn chunks(&self) -> u64 {
+        self.remote.chunks()
+    }
+
+    pub(super) fn remote(&self) -> &ChunkBitmap {
+        &self.remote
+    }
+
+    pub(super) fn missing(&self) -> u64 {
+        self.remote.count()
+    }
+
+    /// Whether every chunk is here. To be asked only once nothing becomes remote any more.
+    pub(super) fn is_complete(&mut self) -> bool {
+        match self.remote.run_from(self.lowest, 1) {
+            Some(run) => {
+                self.lowest = run.start.0;
+                false
+            }
+            None => true,
+        }
+    }
+
+    /// A dirty set names these chunks.
+    pub(super) fn invalidate(&mut self, set: &ChunkBitmap) {
+        self.remote.union_with(set);
+        self.requested.subtract(set);
+        if !self.digests.is_empty() {
+            for run in set.runs() {
+                self.digests_mut(run).fill(0);
+            }
+        }
+    }
+
+    /// Whether this is the lane's next frame; `false` if it was seen before.
+    pub(super) fn is_next(&self, lane: u8, sequence: u64) -> Result<bool, ProtocolError> {
+        let lane = self
+            .lanes
+            .get(usize::from(lane))
+            .ok_or(ProtocolError::Violation {
+                reason: "it uses a lane that was not agreed on",
+            })?;
+        if sequence > lane.last + 1 {
+            return Err(ProtocolError::Violation {
+                reason: "a frame is missing on a lane",
+            });
+        }
+        Ok(sequence == lane.last + 1)
+    }
+
+    /// Cuts the runs of a frame into pieces that are wanted and pieces that are not.
+    pub(super) fn sort(&self, chunks: &Chunks, stale: bool) -> Vec<Part> {
+        let mut parts = Vec::with_capacity(chunks.runs.len());
+        for run in &chunks.runs {
+            let content = run.content;
+            if stale {
+                parts.push(Part {
+                    run: run.run,
+                    content,
+                    install: false,
+                });
+                continue;
+            }
+            let mut next = run.run.start.0;
+            while next < run.run.end() {
+                let wanted = self.remote.run_from(next, run.run.end() - next);
+                let wanted = wanted.filter(|wanted| wanted.start.0 < run.run.end());
+                let end = run.run.end();
+                let skipped = wanted.map_or(end, |wanted| wanted.start.0);
+                if skipped > next {
+                    parts.push(Part {
+                        run: ChunkRun::new(next, skipped - next),
+                        content,
+                        install: false,
+                    });
+                }
+                next = skipped;
+                if let Some(wanted) = wanted {
+                    let end = wanted.end().min(run.run.end());
+                    parts.push(Part {
+                        run: ChunkRun::new(next, end - next),
+                        content,
+                        install: true,
+                    });
+                    next = end;
+                }
+            }
+        }
+        parts
+    }
+
+    /// The chunks of `run` that somebody waits for.
+    pub(super) fn awaited(&self, run: ChunkRun) -> Vec<ChunkRun> {
+        run.range()
+            .filter(|&chunk| self.requested.contains(chunk) && self.remote.contains(chunk))
+            .map(|chunk| ChunkRun::new(chunk, 1))
+            .collect()
+    }
+
+    /// The wanted parts of a frame are in place.
+    pub(super) fn install(&mut self, lane: u8, chunks: &Chunks, parts: &[Part]) {
+        let mut digests = chunks.digests.as_slice();
+        for part in parts {
+            let theirs = match part.content {
+                Content::Data => {
+                    let count = usize::try_from(part.run.count).unwrap_or(usize::MAX);
+                    let (these, rest) = digests.split_at(count.min(digests.len()));
+                    digests = rest;
+                    these
+                }
+                Content::Zero => &[],
+            };
+            if !part.install {
+                continue;
+            }
+            self.remote.remove_run(part.run);
+            self.requested.remove_run(part.run);
+            if !self.digests.is_empty() {
+                let kept = self.digests_mut(part.run);
+                match part.content {
+                    Content::Data => kept.copy_from_slice(theirs),
+                    Content::Zero => kept.fill(ZERO_DIGEST),
+                }
+            }
+        }
+        if let Some(lane) = self.lanes.get_mut(usize::from(lane)) {
+            lane.last = chunks.sequence;
+        }
+    }
+
+    pub(super) fn fault(&mut self, chunk: u64) -> Fault {
+        if !self.remote.contains(chunk) {
+            Fault::Resident
+        } else if self.requested.insert(chunk) {
+            Fault::Requested
+        } else {
+            Fault::Awaited
+        }
+    }
+
+    /// A lane whose last frame the seeder has not been told about.
+    pub(super) fn credit(&mut self) -> Option<(u8, u64)> {
+        let (index, lane) = self
+            .lanes
+            .iter_mut()
+            .enumerate()
+            .find(|(_, lane)| lane.credited < lane.last)?;
+        lane.credited = lane.last;
+        Some((u8::try_from(index).expect("256 lanes at most"), lane.last))
+    }
+
+    pub(super) fn digests(&self, run: ChunkRun) -> &[u64] {
+        if self.digests.is_empty() {
+            return &[];
+        }
+        let range = clamp(run, self.digests.len());
+        &self.digests[range]
+    }
+
+    fn digests_mut(&mut self, run: ChunkRun) -> &mut [u64] {
+        let range = clamp(run, self.digests.len());
+        &mut self.digests[range]
+    }
+}
+
+/// Stands for the digest of a chunk that holds nothing but zeros, whatever its length; no other chunk gets it.
+pub const ZERO_DIGEST: u64 = 1;
+
+/// The digest of a chunk with these bytes: XXH3-64, moved away from the values that stand for something else.
+#[must_use]
+pub fn chunk_digest(bytes: &[u8]) -> u64 {
+    reserve(xxhash_rust::xxh3::xxh3_64(bytes))
+}
+
+/// Moves an XXH3-64 digest away from the values that stand for "unknown" and "zeros".
+#[must_use]
+pub const fn reserve(digest: u64) -> u64 {
+    if digest <= ZERO_DIGEST {
+        digest + 2
+    } else {
+        digest
+    }
+}
+
+fn clamp(run: ChunkRun, len: usize) -> core::ops::Range<usize> {
+    let end = usize::try_from(run.end()).unwrap_or(len).min(len);
+    let start = usize::try_from(run.start.0).unwrap_or(end).min(end);
+    start..end
+}

@@ -1,0 +1,799 @@
+//! The side that owns the memory: what it sends and when it lets go.
+//!
+//! ```text
+//! Greeting → Preparing → Starting → Sending ⇄ Draining → Taking → Suspending → Suspended → Released → Done
+//!                                      └───────── a round ───────┘
+//! ```
+//!
+//! Before `Released`, every failure ends in [`Event::Aborted`]: the caller restores the dirty set and the subject
+//! runs on. From `Released` on this side never runs the subject again; a failure is [`Event::Lost`] then.
+//!
+//! The caller feeds `handle_*` and then drains [`poll_message`](Seeder::poll_message), [`poll_event`](Seeder::poll_event)
+//! and, on the thread of each lane, [`poll_batch`](Seeder::poll_batch) or [`poll_urgent`](Seeder::poll_urgent).
+
+mod lanes;
+mod pace;
+
+use alloc::collections::VecDeque;
+use alloc::string::String;
+use alloc::vec::Vec;
+use core::mem;
+
+use crate::bitmap::ChunkBitmap;
+use crate::chunk::ChunkRun;
+use crate::converge::{Budget, Decision, Micros, Observation, decide};
+use crate::dirty::DirtyPage;
+use crate::error::{AbortCode, ProtocolError};
+use crate::handover::{Ownership, Token};
+use crate::hello::{Agreement, Hello, Verify};
+use crate::limits::MAX_CHUNKS_IN_FRAME;
+use crate::message::Message;
+use crate::schedule::{Order, Scheduler};
+use crate::silence::Silence;
+use lanes::Lanes;
+use pace::Pace;
+
+/// The lane of faults and their answers; bulk lanes are numbered from 1.
+pub const URGENT_LANE: u8 = 0;
+
+/// A leecher asks for each chunk once, so it never has so many fetches waiting.
+const MAX_FETCHES: usize = 1 << 20;
+
+/// Rounds smaller than this say more about latency than about bandwidth.
+const TELLING: u64 = 4 << 20;
+
+/// What a seeder is started with.
+#[derive(Debug, Clone)]
+pub struct SeederConfig {
+    /// Its first message.
+    pub hello: Hello,
+    /// What the user allows.
+    pub budget: Budget,
+    /// The most bytes a second over all bulk lanes, if limited.
+    pub bandwidth: Option<u64>,
+    /// How many bytes of chunks a frame should hold; at least one chunk goes into a frame.
+    pub batch: u32,
+    /// How many bulk lanes there are.
+    pub lanes: u8,
+    /// The ownership token, random for each session.
+    pub token: Token,
+    /// The part of the blackout that does not depend on memory, as far as is known.
+    pub fixed_blackout: Micros,
+    /// The longest time that the peer may be silent.
+    pub silence: Micros,
+}
+
+/// What the caller must do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// Both sides fit together and the leecher is prepared. Start tracking, then say which chunks may hold data:
+    /// [`Seeder::handle_started`]. In a dry run: measure, then [`Seeder::handle_measured`].
+    Start,
+    /// Take the dirty set: [`Seeder::handle_dirty`].
+    Take,
+    /// Suspend the subject, take the last dirty set: [`Seeder::handle_suspended`]. Then send the device state as
+    /// [`Message::State`] and say so: [`Seeder::handle_saved`].
+    Suspend {
+        /// What was decided.
+        decision: Decision,
+        /// What it was decided on.
+        observation: Observation,
+    },
+    /// Release was sent: the subject never runs here again.
+    Released,
+    /// The subject runs at the destination.
+    Running,
+    /// Every chunk is at the destination; what is left is to compare, if that was asked for.
+    Complete,
+    /// All digests of the leecher have come: compare and say what came out: [`Seeder::handle_compared`].
+    Compare,
+    /// The session ended as it should.
+    Done,
+    /// The session failed while this side owned the subject: give `restore` back to the tracker, and let the subject run.
+    Aborted {
+        /// Why.
+        error: ProtocolError,
+        /// Chunks that were taken from the tracker and are not at the destination.
+        restore: ChunkBitmap,
+    },
+    /// The session failed after Release: nothing may run here.
+    Lost {
+        /// Why.
+        error: ProtocolError,
+        /// Chunks that only this side has.
+        missing: u64,
+        /// Whether the leecher had said that the subject runs there.
+        running: bool,
+    },
+}
+
+/// Chunks for one frame.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Batch {
+    /// The lane to send on.
+    pub lane: u8,
+    /// The lane's number of the frame.
+    pub sequence: u64,
+    /// The round.
+    pub round: u32,
+    /// The chunks to read, not more than a frame holds.
+    pub runs: Vec<ChunkRun>,
+    /// They were never written: nothing needs to be read.
+    pub hole: bool,
+}
+
+#[derive(Debug)]
+enum Phase {
+    Greeting,
+    Preparing,
+    Starting,
+    Sending,
+    Draining,
+    Taking,
+    Suspending {
+        post_copy: bool,
+        /// The dirty set that led to the decision, which was not announced.
+        unsent: ChunkBitmap,
+    },
+    Suspended(Suspended),
+    Released {
+        running: bool,
+        complete: bool,
+    },
+    Closed,
+}
+
+#[derive(Debug)]
+struct Suspended {
+    post_copy: bool,
+    /// Set when the state is saved: its length, its digest, and what saving it has written.
+    saved: Option<(u64, u64, ChunkBitmap)>,
+    finalized: bool,
+    ended: bool,
+}
+
+/// The seeder's half of a session. See the module's documentation.
+#[derive(Debug)]
+pub struct Seeder {
+    config: SeederConfig,
+    phase: Phase,
+    ownership: Ownership,
+    session: Option<Session>,
+    messages: VecDeque<Message>,
+    events: VecDeque<Event>,
+    silence: Silence,
+}
+
+/// What exists once both sides agree.
+#[derive(Debug)]
+struct Session {
+    agreement: Agreement,
+    schedule: Scheduler,
+    /// Chunks that the first pass need not read.
+    holes: ChunkBitmap,
+    /// Chunks of announced rounds which the leecher has not acknowledged.
+    outstanding: ChunkBitmap,
+    /// The dirty set before the one of this round.
+    previous: ChunkBitmap,
+    lanes: Lanes,
+    pace: Pace,
+    round: u32,
+    round_bytes: u64,
+    round_began: Micros,
+    bandwidth: u64,
+    stalled: u32,
+    observation: Option<Observation>,
+    fetches: u64,
+}
+
+impl Seeder {
+    /// A seeder at the start of a session: its hello waits in [`poll_message`](Self::poll_message).
+    #[must_use]
+    pub fn new(now: Micros, config: SeederConfig) -> Self {
+        let mut messages = VecDeque::new();
+        messages.push_back(Message::Hello(config.hello.clone()));
+        Self {
+            silence: Silence::new(now, config.silence),
+            config,
+            phase: Phase::Greeting,
+            ownership: Ownership::Here,
+            session: None,
+            messages,
+            events: VecDeque::new(),
+        }
+    }
+
+    /// Who may run the subject, as far as this side knows.
+    #[must_use]
+    pub fn ownership(&self) -> Ownership {
+        self.ownership
+    }
+
+    /// What this side is doing, in one word.
+    #[must_use]
+    pub fn phase(&self) -> &'static str {
+        match self.phase {
+            Phase::Greeting => "greeting",
+            Phase::Preparing => "preparing",
+            Phase::Starting => "starting",
+            Phase::Sending | Phase::Draining | Phase::Taking => "tracking",
+            Phase::Suspending { .. } => "suspending",
+            Phase::Suspended(_) => "suspended",
+            Phase::Released { .. } => "released",
+            Phase::Closed => "closed",
+        }
+    }
+
+    /// What was agreed, once it was.
+    #[must_use]
+    pub fn agreement(&self) -> Option<&Agreement> {
+        self.session.as_ref().map(|session| &session.agreement)
+    }
+
+    /// The round that is being sent.
+    #[must_use]
+    pub fn round(&self) -> u32 {
+        self.session.as_ref().map_or(0, |session| session.round)
+    }
+
+    /// How many chunks the destination does not have yet. Takes time in proportion to the memory.
+    #[must_use]
+    pub fn missing(&self) -> u64 {
+        self.session
+            .as_ref()
+            .map_or(0, |session| session.outstanding.count())
+    }
+
+    /// How many fetches the leecher has sent.
+    #[must_use]
+    pub fn fetches(&self) -> u64 {
+        self.session.as_ref().map_or(0, |session| session.fetches)
+    }
+
+    /// What was measured at the end of the last round.
+    #[must_use]
+    pub fn observation(&self) -> Option<&Observation> {
+        self.session.as_ref()?.observation.as_ref()
+    }
+
+    /// A message came on the control or the urgent lane. The payload, if it has one, stays with the caller.
+    ///
+    /// # Errors
+    /// If the session cannot go on. It is closed then, and the event that says so is waiting.
+    pub fn handle_message(&mut self, now: Micros, message: Message) -> Result<(), ProtocolError> {
+        self.silence.heard(now);
+        let result = self.dispatch(now, message);
+        if let Err(error) = &result {
+            self.fail(error.clone());
+        }
+        result
+    }
+
+    fn dispatch(&mut self, now: Micros, message: Message) -> Result<(), ProtocolError> {
+        let verify = self.verify();
+        match (&mut self.phase, message) {
+            (Phase::Closed, _) | (_, Message::Pong) => {}
+            (_, Message::Ping) => self.messages.push_back(Message::Pong),
+            (_, Message::Abort { code, reason }) => {
+                return Err(ProtocolError::PeerAborted { code, reason });
+            }
+            (Phase::Greeting, Message::Hello(theirs)) => {
+                let agreement = self.config.hello.agree(&theirs)?;
+                self.session = Some(Session::new(now, agreement, &self.config));
+                self.phase = Phase::Preparing;
+            }
+            (Phase::Preparing, Message::Accept { window }) => {
+                self.session_mut().lanes.open(window);
+                self.phase = Phase::Starting;
+                self.events.push_back(Event::Start);
+            }
+            (
+                Phase::Sending
+                | Phase::Draining
+                | Phase::Taking
+                | Phase::Suspending { .. }
+                | Phase::Suspended(_)
+                | Phase::Released { .. },
+                Message::Credit { lane, sequence },
+            ) => {
+                let session = self.session_mut();
+                session
+                    .lanes
+                    .acknowledge(lane, sequence, &mut session.outstanding)?;
+                self.advance(now);
+            }
+            (
+                Phase::Suspended(Suspended {
+                    finalized: true, ..
+                })
+                | Phase::Released { .. },
+                Message::Fetch { run },
+            ) => self.session_mut().fetch(run)?,
+            (Phase::Suspended(Suspended { ended: true, .. }), Message::Ready) => self.hand_over(),
+            (Phase::Suspended(_), Message::Digests { .. }) if verify == Verify::Before => {}
+            (Phase::Suspended(_), Message::DigestsEnd) if verify == Verify::Before => {
+                self.events.push_back(Event::Compare);
+            }
+            (Phase::Released { running, .. }, Message::Running) if !*running => {
+                *running = true;
+                self.events.push_back(Event::Running);
+            }
+            (Phase::Released { complete, .. }, Message::Complete) if !*complete => {
+                *complete = true;
+                self.session_mut().outstanding.clear();
+                self.events.push_back(Event::Complete);
+                if verify != Verify::After {
+                    self.finish();
+                }
+            }
+            (Phase::Released { complete: true, .. }, Message::Digests { .. })
+                if verify == Verify::After => {}
+            (Phase::Released { complete: true, .. }, Message::DigestsEnd)
+                if verify == Verify::After =>
+            {
+                self.events.push_back(Event::Compare);
+            }
+            (_, message) => {
+                return Err(ProtocolError::Unexpected {
+                    message: message.name(),
+                    phase: self.phase(),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Tracking runs; `present` are the chunks that may hold anything but zeros. The first pass begins.
+    pub fn handle_started(&mut self, now: Micros, present: &ChunkBitmap) {
+        if let Phase::Starting = self.phase {
+            let session = self.session_mut();
+            session.holes = ChunkBitmap::full(present.chunks());
+            session.holes.subtract(present);
+            let nothing = ChunkBitmap::empty(present.chunks());
+            session.schedule.add(present, &nothing);
+            session.round_bytes = session.bytes_of(present);
+            session.round_began = now;
+            self.phase = Phase::Sending;
+            self.advance(now);
+        }
+    }
+
+    /// The measurements of a dry run are done.
+    pub fn handle_measured(&mut self) {
+        if let Phase::Starting = self.phase {
+            self.finish();
+        }
+    }
+
+    /// The answer to [`Event::Take`]: what was written since the last take.
+    pub fn handle_dirty(&mut self, now: Micros, dirty: ChunkBitmap) {
+        let Phase::Taking = self.phase else {
+            return self.keep_for_restore(&dirty);
+        };
+        let budget = self.config.budget;
+        let fixed = self.config.fixed_blackout;
+        let session = self.session_mut();
+        let observation = session.observe(now, &dirty, fixed);
+        match decide(&budget, &observation) {
+            Decision::Continue => {
+                let messages = session.announce(now, &dirty);
+                self.messages.extend(messages);
+                self.phase = Phase::Sending;
+                self.advance(now);
+            }
+            Decision::GiveUp => {
+                session.outstanding.union_with(&dirty);
+                let error = ProtocolError::NotConverging {
+                    remaining: observation.dirty,
+                    bandwidth: observation.bandwidth,
+                    round: observation.round,
+                };
+                self.fail(error);
+            }
+            decision @ (Decision::StopAndCopy | Decision::PostCopy) => {
+                self.phase = Phase::Suspending {
+                    post_copy: decision == Decision::PostCopy,
+                    unsent: dirty,
+                };
+                self.events.push_back(Event::Suspend {
+                    decision,
+                    observation,
+                });
+            }
+        }
+    }
+
+    /// The subject is suspended and `dirty` is what it wrote since the last take.
+    pub fn handle_suspended(&mut self, now: Micros, dirty: &ChunkBitmap) {
+        if !matches!(self.phase, Phase::Suspending { .. }) {
+            return self.keep_for_restore(dirty);
+        }
+        let Phase::Suspending {
+            post_copy,
+            mut unsent,
+        } = mem::replace(&mut self.phase, Phase::Closed)
+        else {
+            unreachable!("looked at above");
+        };
+        unsent.union_with(dirty);
+        let messages = self.session_mut().announce(now, &unsent);
+        self.messages.extend(messages);
+        if post_copy {
+            self.messages.push_back(Message::Finalize);
+        }
+        self.phase = Phase::Suspended(Suspended {
+            post_copy,
+            saved: None,
+            finalized: post_copy,
+            ended: false,
+        });
+        self.advance(now);
+    }
+
+    /// All of the device state was sent; `dirty` is what was written while it was saved.
+    pub fn handle_saved(&mut self, now: Micros, len: u64, digest: u64, dirty: ChunkBitmap) {
+        match &mut self.phase {
+            Phase::Suspended(suspended) if suspended.saved.is_none() => {
+                suspended.saved = Some((len, digest, dirty));
+                self.advance(now);
+            }
+            _ => self.keep_for_restore(&dirty),
+        }
+    }
+
+    /// The answer to [`Event::Compare`].
+    pub fn handle_compared(&mut self, compared: u64, different: u64) {
+        match self.phase {
+            Phase::Suspended(_) | Phase::Released { .. } => {
+                self.messages.push_back(Message::Verdict {
+                    compared,
+                    different,
+                });
+                if let Phase::Released { .. } = self.phase {
+                    self.finish();
+                } else if different > 0 {
+                    self.fail(ProtocolError::Different { different });
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// A lane broke, the user cancelled, or something failed on this machine.
+    pub fn abort(&mut self, code: AbortCode, reason: String) {
+        self.fail(ProtocolError::Aborted { code, reason });
+    }
+
+    /// Time has passed.
+    pub fn handle_timeout(&mut self, now: Micros) {
+        if let Phase::Closed = self.phase {
+            return;
+        }
+        match self.silence.check(now) {
+            Ok(true) => self.messages.push_back(Message::Ping),
+            Ok(false) => {}
+            Err(error) => self.fail(error),
+        }
+    }
+
+    /// When to call [`handle_timeout`](Self::handle_timeout), and to poll for batches again, at the latest.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Micros> {
+        if let Phase::Closed = self.phase {
+            return None;
+        }
+        Some(self.silence.next())
+    }
+
+    /// The next message for the control lane.
+    pub fn poll_message(&mut self) -> Option<Message> {
+        self.messages.pop_front()
+    }
+
+    /// The next thing that the caller must do.
+    pub fn poll_event(&mut self) -> Option<Event> {
+        self.events.pop_front()
+    }
+
+    /// The next frame for a bulk lane, or, if the bandwidth limit says so, when to ask again.
+    ///
+    /// # Errors
+    /// The moment before which the bandwidth limit allows nothing.
+    pub fn poll_batch(&mut self, now: Micros, lane: u8) -> Result<Option<Batch>, Micros> {
+        if !matches!(self.phase, Phase::Sending | Phase::Released { .. })
+            && !matches!(&self.phase, Phase::Suspended(s) if !s.finalized)
+        {
+            return Ok(None);
+        }
+        let batch = self.config.batch;
+        let Some(session) = &mut self.session else {
+            return Ok(None);
+        };
+        let batch = session.next_batch(now, lane, batch);
+        if let Ok(None) = batch {
+            self.advance(now);
+        }
+        batch
+    }
+
+    /// The next answer to a fetch, for the urgent lane.
+    pub fn poll_urgent(&mut self) -> Option<Batch> {
+        if let Phase::Closed = self.phase {
+            return None;
+        }
+        let session = self.session.as_mut()?;
+        let run = session.schedule.next_urgent()?;
+        Some(session.batch(URGENT_LANE, alloc::vec![run], false, 0))
+    }
+
+    /// A batch was read and has `payload` bytes without its zeros. To be called before the frame is sent.
+    pub fn handle_filled(&mut self, now: Micros, batch: &Batch, payload: u64) {
+        if let Some(session) = &mut self.session {
+            session.lanes.fill(batch.lane, batch.sequence, payload);
+            if batch.lane != URGENT_LANE {
+                session.pace.spend(now, payload);
+            }
+        }
+    }
+
+    fn verify(&self) -> Verify {
+        self.agreement()
+            .map_or(Verify::Off, |agreement| agreement.verify)
+    }
+
+    fn session_mut(&mut self) -> &mut Session {
+        self.session
+            .as_mut()
+            .expect("phases after Greeting have a session")
+    }
+
+    /// Goes on to the next step if nothing is left to do in this one.
+    fn advance(&mut self, now: Micros) {
+        let Some(session) = &mut self.session else {
+            return;
+        };
+        match &mut self.phase {
+            Phase::Sending if session.nothing_pending() => {
+                self.phase = Phase::Draining;
+                self.advance(now);
+            }
+            Phase::Draining if session.lanes.is_drained() => {
+                self.phase = Phase::Taking;
+                self.events.push_back(Event::Take);
+            }
+            Phase::Suspended(suspended) if !suspended.ended => {
+                let drained = session.nothing_pending() && session.lanes.is_drained();
+                if !suspended.post_copy && !drained {
+                    return;
+                }
+                let Some((len, digest, dirty)) = &mut suspended.saved else {
+                    return;
+                };
+                // Saving the state may have written memory; that is one more set, seldom more than empty.
+                if !dirty.is_empty() {
+                    let messages = session.announce(now, dirty);
+                    self.messages.extend(messages);
+                    dirty.clear();
+                    if !suspended.post_copy {
+                        return;
+                    }
+                }
+                if !suspended.finalized {
+                    suspended.finalized = true;
+                    self.messages.push_back(Message::Finalize);
+                }
+                suspended.ended = true;
+                self.messages.push_back(Message::StateEnd {
+                    len: *len,
+                    digest: *digest,
+                });
+            }
+            _ => {}
+        }
+    }
+
+    /// From here on the subject never runs on this side again.
+    fn hand_over(&mut self) {
+        self.ownership = Ownership::There;
+        self.phase = Phase::Released {
+            running: false,
+            complete: false,
+        };
+        self.session_mut().schedule.set_order(Order::HotFirst);
+        self.messages.push_back(Message::Release {
+            token: self.config.token,
+        });
+        self.events.push_back(Event::Released);
+    }
+
+    fn finish(&mut self) {
+        self.messages.push_back(Message::Farewell);
+        self.events.push_back(Event::Done);
+        self.phase = Phase::Closed;
+    }
+
+    /// A set that was taken after the session failed is not lost either.
+    fn keep_for_restore(&mut self, dirty: &ChunkBitmap) {
+        if self.ownership == Ownership::Here && !dirty.is_empty() {
+            self.events.push_back(Event::Aborted {
+                error: ProtocolError::Aborted {
+                    code: AbortCode::Failed,
+                    reason: "the session had ended before its dirty set was taken".into(),
+                },
+                restore: dirty.clone(),
+            });
+        }
+    }
+
+    fn fail(&mut self, error: ProtocolError) {
+        let phase = mem::replace(&mut self.phase, Phase::Closed);
+        if let Phase::Closed = phase {
+            return;
+        }
+        if !matches!(error, ProtocolError::PeerAborted { .. }) {
+            self.messages.push_back(Message::Abort {
+                code: error.code(),
+                reason: alloc::format!("{error}"),
+            });
+        }
+        let event = match phase {
+            Phase::Released { running, .. } => Event::Lost {
+                missing: self.missing(),
+                running,
+                error,
+            },
+            phase => {
+                let mut restore = self.session.as_ref().map_or_else(
+                    || ChunkBitmap::empty(0),
+                    |session| session.outstanding.clone(),
+                );
+                match phase {
+                    Phase::Suspending { unsent, .. } => restore.union_with(&unsent),
+                    Phase::Suspended(Suspended {
+                        saved: Some((_, _, dirty)),
+                        ..
+                    }) => restore.union_with(&dirty),
+                    _ => {}
+                }
+                Event::Aborted { error, restore }
+            }
+        };
+        self.events.push_back(event);
+    }
+}
+
+impl Session {
+    fn new(now: Micros, agreement: Agreement, config: &SeederConfig) -> Self {
+        let chunks = agreement.layout.chunks();
+        Self {
+            schedule: Scheduler::new(chunks),
+            holes: ChunkBitmap::empty(chunks),
+            outstanding: ChunkBitmap::full(chunks),
+            previous: ChunkBitmap::empty(chunks),
+            lanes: Lanes::new(config.lanes),
+            pace: Pace::new(now, config.bandwidth),
+            round: 0,
+            round_bytes: 0,
+            round_began: now,
+            bandwidth: 0,
+            stalled: 0,
+            observation: None,
+            fetches: 0,
+            agreement,
+        }
+    }
+
+    fn bytes_of(&self, set: &ChunkBitmap) -> u64 {
+        set.runs()
+            .map(|run| self.agreement.layout.bytes_in(run))
+            .sum()
+    }
+
+    fn nothing_pending(&self) -> bool {
+        self.schedule.is_empty() && self.holes.is_empty()
+    }
+
+    /// Begins a round with `set`: those chunks are remote at the leecher again.
+    fn announce(&mut self, now: Micros, set: &ChunkBitmap) -> Vec<Message> {
+        self.round += 1;
+        self.round_began = now;
+        self.round_bytes = self.bytes_of(set);
+        self.outstanding.union_with(set);
+        self.schedule.add(set, &self.previous);
+        self.previous = set.clone();
+        let mut messages = Message::dirty(self.round, DirtyPage::pages_of(set));
+        messages.push(Message::Round {
+            round: self.round,
+            chunks: set.count(),
+        });
+        messages
+    }
+
+    fn observe(&mut self, now: Micros, dirty: &ChunkBitmap, fixed: Micros) -> Observation {
+        let took = now.since(self.round_began);
+        let bytes = self.bytes_of(dirty);
+        let rate = u128::from(self.round_bytes) * 1_000_000 / u128::from(took.0.max(1));
+        let rate = u64::try_from(rate).unwrap_or(u64::MAX).max(1);
+        if self.round == 0 || self.round_bytes >= TELLING {
+            self.bandwidth = rate;
+        }
+        self.stalled = if bytes * 10 <= self.round_bytes * 9 {
+            0
+        } else {
+            self.stalled + 1
+        };
+        let observation = Observation {
+            round: self.round,
+            dirty: bytes,
+            sent: self.round_bytes,
+            took,
+            bandwidth: self.bandwidth,
+            fixed,
+            stalled: self.stalled,
+            post_copy: self.agreement.post_copy,
+        };
+        self.observation = Some(observation);
+        observation
+    }
+
+    fn fetch(&mut self, run: ChunkRun) -> Result<(), ProtocolError> {
+        let inside = run.end() <= self.agreement.layout.chunks();
+        if !inside || run.count == 0 || run.count > self.chunks_in_frame(u32::MAX) {
+            return Err(ProtocolError::Violation {
+                reason: "it fetches chunks that do not exist, or too many at once",
+            });
+        }
+        if self.schedule.urgent_len() >= MAX_FETCHES {
+            return Err(ProtocolError::Violation {
+                reason: "it fetches the same chunks again and again",
+            });
+        }
+        self.fetches += 1;
+        self.schedule.fetch(run);
+        Ok(())
+    }
+
+    /// How many chunks fit a frame of about `bytes`.
+    fn chunks_in_frame(&self, bytes: u32) -> u64 {
+        let size = self.agreement.layout.chunk_size().bytes();
+        let bytes = bytes.min(crate::limits::MAX_PAYLOAD);
+        u64::from((bytes / size).max(1)).min(MAX_CHUNKS_IN_FRAME)
+    }
+
+    fn next_batch(&mut self, now: Micros, lane: u8, bytes: u32) -> Result<Option<Batch>, Micros> {
+        if !self.lanes.has_room() {
+            return Ok(None);
+        }
+        let mut holes = Vec::new();
+        while holes.len() < crate::limits::MAX_RUNS
+            && let Some(run) = self.holes.run_from(0, u64::MAX)
+        {
+            self.holes.remove_run(run);
+            holes.push(run);
+        }
+        if !holes.is_empty() {
+            return Ok(Some(self.batch(lane, holes, true, 0)));
+        }
+        self.pace.ready(now)?;
+        let runs = self.schedule.next(self.chunks_in_frame(bytes));
+        if runs.is_empty() {
+            return Ok(None);
+        }
+        let bytes = runs
+            .iter()
+            .map(|&run| self.agreement.layout.bytes_in(run))
+            .sum();
+        Ok(Some(self.batch(lane, runs, false, bytes)))
+    }
+
+    fn batch(&mut self, lane: u8, runs: Vec<ChunkRun>, hole: bool, bytes: u64) -> Batch {
+        let sequence = self.lanes.send(lane, runs.clone(), bytes);
+        Batch {
+            lane,
+            sequence,
+            round: self.round,
+            runs,
+            hole,
+        }
+    }
+}
