@@ -1,0 +1,247 @@
+//! A file as storage: the RAM file of a guest, a memfd, an ordinary file.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
+
+use rustix::fs::{FallocateFlags, SeekFrom};
+use rustix::io::Errno;
+
+use crate::chunk::Storage;
+
+/// A file, read and written by position; its holes stay holes until they are written.
+///
+/// What others write to the file, or to a shared mapping of it, is seen at once. The length is that which the file
+/// had when this was made.
+#[derive(Debug)]
+pub struct FileStorage {
+    file: File,
+    len: u64,
+}
+
+impl FileStorage {
+    /// The whole of `file`, as long as it is now. It must be open for reading, and for writing if it will be written.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::InvalidInput`] if it is neither a regular file nor a block device.
+    pub fn new(file: File) -> io::Result<Self> {
+        use std::os::unix::fs::FileTypeExt;
+        let metadata = file.metadata()?;
+        let len = if metadata.is_file() {
+            metadata.len()
+        } else if metadata.file_type().is_block_device() {
+            rustix::fs::seek(&file, SeekFrom::End(0))?
+        } else {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "only a regular file or a block device has bytes at positions",
+            ));
+        };
+        Ok(Self { file, len })
+    }
+
+    /// The file itself.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Turns `range` back into a hole: it reads as zeros, its room is free, and an access to a mapping that is
+    /// registered for missing pages faults.
+    ///
+    /// Only whole pages (blocks, on a disk) become holes; what the range has of others is set to zero.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::UnexpectedEof`] if the range reaches beyond the end; [`io::ErrorKind::Unsupported`] if the
+    /// file system has no holes.
+    pub fn punch(&self, range: Range<u64>) -> io::Result<()> {
+        let len = range
+            .end
+            .checked_sub(range.start)
+            .ok_or_else(|| outside(self.len))?;
+        self.check(range.start, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        loop {
+            return match rustix::fs::fallocate(&self.file, flags, range.start, len) {
+                Ok(()) => Ok(()),
+                Err(Errno::INTR) => continue,
+                Err(errno @ (Errno::OPNOTSUPP | Errno::NOSYS)) => Err(io::Error::new(
+                    io::ErrorKind::Unsupported,
+                    format!(
+                        "the file system cannot punch holes ({errno}): keep the file on tmpfs, ext4, xfs or btrfs"
+                    ),
+                )),
+                Err(errno) => Err(errno.into()),
+            };
+        }
+    }
+
+    fn check(&self, offset: u64, len: u64) -> io::Result<()> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.len => Ok(()),
+            _ => Err(outside(self.len)),
+        }
+    }
+
+    /// Where the first data (or the first hole) at or after `offset` is; `None` if there is no more.
+    fn seek(&self, to: SeekFrom) -> io::Result<Option<u64>> {
+        // This moves the file's cursor, which nothing here uses.
+        match rustix::fs::seek(&self.file, to) {
+            Ok(position) => Ok(Some(position)),
+            Err(Errno::NXIO) => Ok(None),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+}
+
+impl Storage for FileStorage {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.check(offset, buf.len() as u64)?;
+        self.file.read_exact_at(buf, offset)
+    }
+
+    fn write_all_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.check(offset, buf.len() as u64)?;
+        self.file.write_all_at(buf, offset)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn data_ranges(&self) -> io::Result<Vec<Range<u64>>> {
+        let mut ranges = Vec::new();
+        let mut next = 0;
+        while next < self.len {
+            let start = match self.seek(SeekFrom::Data(next)) {
+                Ok(Some(start)) if start < self.len => start,
+                Ok(_) => break,
+                // A file system or a device that does not know: all of it may be data.
+                Err(error) if error.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => next,
+                Err(error) => return Err(error),
+            };
+            let end = match self.seek(SeekFrom::Hole(start)) {
+                Ok(end) => end.map_or(self.len, |end| end.min(self.len)),
+                Err(error) if error.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => self.len,
+                Err(error) => return Err(error),
+            };
+            // The data may have been punched between the two questions.
+            if end > start {
+                ranges.push(start..end);
+                next = end;
+            } else {
+                next = start + 1;
+            }
+        }
+        Ok(ranges)
+    }
+}
+
+impl AsFd for FileStorage {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+fn outside(len: u64) -> io::Error {
+    io::Error::new(
+        io::ErrorKind::UnexpectedEof,
+        format!("the range is outside of a file of {len} bytes"),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+    use crate::sys::memfd::memfd;
+
+    fn files(len: u64) -> [FileStorage; 2] {
+        let ordinary = tempfile::tempfile().unwrap();
+        ordinary.set_len(len).unwrap();
+        [memfd("file-test", len).unwrap(), ordinary].map(|file| FileStorage::new(file).unwrap())
+    }
+
+    #[test]
+    fn holes_are_left_out_and_reading_them_does_not_fill_them() {
+        for storage in files(1 << 20) {
+            assert_eq!(storage.data_ranges().unwrap(), []);
+            let mut buf = vec![1; 1 << 20];
+            storage.read_exact_at(&mut buf, 0).unwrap();
+            assert!(buf.iter().all(|&byte| byte == 0));
+            assert_eq!(storage.file().metadata().unwrap().blocks(), 0);
+            storage.write_all_at(&[1; 4096], 8192).unwrap();
+            storage.write_all_at(&[1; 4096], 1 << 19).unwrap();
+            storage.flush().unwrap();
+            assert_eq!(
+                storage.data_ranges().unwrap(),
+                [8192..12288, 1 << 19..(1 << 19) + 4096]
+            );
+        }
+    }
+
+    #[test]
+    fn a_length_that_is_no_multiple_of_a_page_works_up_to_its_last_byte() {
+        for storage in files(4097) {
+            storage.write_all_at(&[9], 4096).unwrap();
+            let ranges = storage.data_ranges().unwrap();
+            assert_eq!(ranges.last().unwrap().end, 4097);
+            let mut buf = [0; 2];
+            storage.read_exact_at(&mut buf, 4095).unwrap();
+            assert_eq!(buf, [0, 9]);
+            let beyond = storage.read_exact_at(&mut buf, 4096).unwrap_err();
+            assert_eq!(beyond.kind(), io::ErrorKind::UnexpectedEof);
+            let beyond = storage.write_all_at(&buf, 4096).unwrap_err();
+            assert_eq!(beyond.kind(), io::ErrorKind::UnexpectedEof);
+            let beyond = storage.write_all_at(&buf, u64::MAX).unwrap_err();
+            assert_eq!(beyond.kind(), io::ErrorKind::UnexpectedEof);
+            assert_eq!(storage.file().metadata().unwrap().len(), 4097);
+        }
+    }
+
+    #[test]
+    fn a_punched_range_reads_as_zeros_and_gives_its_room_back() {
+        for storage in files(64 << 10) {
+            storage.write_all_at(&[1; 64 << 10], 0).unwrap();
+            storage.punch(4096..16384).unwrap();
+            storage.punch(0..0).unwrap();
+            storage.punch(20_000..20_001).unwrap();
+            let mut buf = vec![2; 64 << 10];
+            storage.read_exact_at(&mut buf, 0).unwrap();
+            for (offset, byte) in buf.iter().enumerate() {
+                let punched = (4096..16384).contains(&offset) || offset == 20_000;
+                assert_eq!(*byte, u8::from(!punched), "byte {offset}");
+            }
+            assert_eq!(storage.data_ranges().unwrap(), [0..4096, 16384..65536]);
+            let beyond = storage.punch(0..65537).unwrap_err();
+            assert_eq!(beyond.kind(), io::ErrorKind::UnexpectedEof);
+        }
+    }
+
+    #[test]
+    fn a_terabyte_of_holes_is_looked_through_at_once() {
+        let storage = FileStorage::new(memfd("sparse", 1 << 40).unwrap()).unwrap();
+        storage.write_all_at(&[1], (1 << 40) - 1).unwrap();
+        assert_eq!(storage.data_ranges().unwrap(), [(1 << 40) - 4096..1 << 40]);
+    }
+
+    #[test]
+    fn a_pipe_is_no_storage() {
+        let (read, _write) = io::pipe().unwrap();
+        let file = File::from(std::os::fd::OwnedFd::from(read));
+        assert_eq!(
+            FileStorage::new(file).unwrap_err().kind(),
+            io::ErrorKind::InvalidInput
+        );
+    }
+}
