@@ -6,3 +6,4 @@ pub mod dirty;
 pub mod subject;
 #[allow(unsafe_code, reason = "the one folder that may; see its docs")]
 pub mod sys;
+pub mod transport;
