@@ -1,7 +1,9 @@
 //! Regions as bytes at positions, and the chunks they are cut into.
 
+mod install;
 mod storage;
 
+pub use install::{Install, Place};
 pub use migrate_proto::{
     ChunkBitmap, ChunkIndex, ChunkRun, ChunkSize, Layout, RegionDescriptor, Span,
 };

@@ -1,0 +1,100 @@
+//! Memory that fills up while somebody waits for it.
+
+use std::fmt::Debug;
+use std::io;
+use std::ops::Range;
+use std::os::fd::BorrowedFd;
+
+/// A place in a set of regions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// Index of the region.
+    pub region: usize,
+    /// Byte offset in it.
+    pub offset: u64,
+}
+
+/// The memory of a destination: several regions that chunks are put into.
+///
+/// It has two lives. At first nobody looks at it, and bytes are received straight into place. After
+/// [`arm`](Self::arm) the subject may look at any time: an access to an absent page is a fault, which waits until the
+/// page is installed; a page is installed whole, and one that is present is never overwritten.
+pub trait Install: Debug + Send + Sync {
+    /// The lengths of the regions in bytes.
+    fn lens(&self) -> Vec<u64>;
+
+    /// The unit of presence in bytes.
+    fn page_size(&self) -> u64;
+
+    /// Whether [`arm`](Self::arm) works.
+    fn can_fault(&self) -> bool;
+
+    /// Makes all of it zero and absent.
+    ///
+    /// # Errors
+    /// What the medium says.
+    fn clear(&self) -> io::Result<()>;
+
+    /// Makes `range` of a region zero and absent; whole pages, but for the end of the region.
+    ///
+    /// # Errors
+    /// What the medium says.
+    fn discard(&self, region: usize, range: Range<u64>) -> io::Result<()>;
+
+    /// Receives from `socket` into `ranges` of a region, in order, until they are full. Not after `arm`. Blocks.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::StorageFull`] if there is no room for the pages; [`io::ErrorKind::UnexpectedEof`] if the peer
+    /// closed; else what the socket says.
+    fn receive(
+        &self,
+        region: usize,
+        ranges: &[Range<u64>],
+        socket: BorrowedFd<'_>,
+    ) -> io::Result<()>;
+
+    /// The XXH3-64 digest of `range` as it is in memory; allocates what is absent in it.
+    ///
+    /// # Errors
+    /// If the range is outside of the region.
+    fn digest(&self, region: usize, range: Range<u64>) -> io::Result<u64>;
+
+    /// From now on an access to an absent page is a fault.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    fn arm(&self) -> io::Result<()>;
+
+    /// Something to poll for reading: faults wait then. `None` if this memory cannot fault.
+    fn fault_fd(&self) -> Option<BorrowedFd<'_>>;
+
+    /// Appends the places that were accessed and are absent. Never blocks.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    fn faults(&self, faults: &mut Vec<Place>) -> io::Result<()>;
+
+    /// Makes the pages from `place` on present with `data`, but for those that are present already, and wakes who waits.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::StorageFull`] if there is no room.
+    fn install(&self, place: Place, data: &[u8]) -> io::Result<()>;
+
+    /// Makes the absent pages of a range present with zeros, and wakes who waits.
+    ///
+    /// # Errors
+    /// As [`install`](Self::install).
+    fn install_zeros(&self, place: Place, len: u64) -> io::Result<()>;
+
+    /// Lets who waits for a page of the range try again: it faults again if the page is still absent.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    fn wake(&self, place: Place, len: u64) -> io::Result<()>;
+
+    /// Nothing is absent any more but what is zero: an access is no fault from now on. Releases what arming took.
+    ///
+    /// # Errors
+    /// What the kernel says; faults may still be reported then.
+    fn disarm(&self) -> io::Result<()>;
+}

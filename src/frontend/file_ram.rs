@@ -1,0 +1,321 @@
+//! Memory that a program maps from files, such as the RAM of a QEMU guest.
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Mutex, PoisonError};
+
+use crate::backend::FileStorage;
+use crate::chunk::{Install, Place, Storage};
+use crate::sys::mapping::{Mapping, page_size};
+use crate::sys::uffd::{Event, Installed, Mode, Stop, Uffd};
+
+/// Where the program has a part of a region mapped.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FaultArea {
+    /// The addresses in the program, whole pages.
+    pub addresses: Range<u64>,
+    /// What of which region begins there.
+    pub place: Place,
+}
+
+/// What it takes to notice that the program accesses absent pages.
+pub struct Watch {
+    /// A userfaultfd of the program's memory, with missing faults of shared memory.
+    pub uffd: Uffd,
+    /// Every mapping of the regions in the program.
+    pub areas: Vec<FaultArea>,
+    /// Called once when nothing needs to be watched any more, for example to close the program's own copy of the
+    /// descriptor. While that copy is open, the program waits for absent pages even if this process dies; it never
+    /// reads zeros in their place.
+    pub release: Box<dyn FnOnce() -> io::Result<()> + Send>,
+}
+
+impl fmt::Debug for Watch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Watch")
+            .field("uffd", &self.uffd)
+            .field("areas", &self.areas)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The files of a program's memory, as something that chunks are installed into.
+#[derive(Debug)]
+pub struct FileRam {
+    regions: Vec<Region>,
+    areas: Vec<FaultArea>,
+    uffd: Option<Uffd>,
+    release: Mutex<Release>,
+}
+
+#[derive(Debug)]
+struct Region {
+    storage: FileStorage,
+    mapping: Mapping,
+}
+
+/// What is left to be undone.
+enum Release {
+    /// Nothing is registered yet, or no more.
+    Disarmed(Option<Box<dyn FnOnce() -> io::Result<()> + Send>>),
+    Armed(Box<dyn FnOnce() -> io::Result<()> + Send>),
+}
+
+impl fmt::Debug for Release {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Disarmed(_) => "Disarmed",
+            Self::Armed(_) => "Armed",
+        })
+    }
+}
+
+impl FileRam {
+    /// The regions that these files hold, in this order; with `watch` absent pages can fault.
+    ///
+    /// # Errors
+    /// If a file cannot be mapped.
+    pub fn new(files: Vec<File>, watch: Option<Watch>) -> io::Result<Self> {
+        let regions = files
+            .into_iter()
+            .map(|file| {
+                let storage = FileStorage::new(file.try_clone()?)?;
+                let mapping = Mapping::new(file, storage.len())?;
+                Ok(Region { storage, mapping })
+            })
+            .collect::<io::Result<_>>()?;
+        let (uffd, areas, release) = match watch {
+            Some(watch) => (Some(watch.uffd), watch.areas, Some(watch.release)),
+            None => (None, Vec::new(), None),
+        };
+        Ok(Self {
+            regions,
+            areas,
+            uffd,
+            release: Mutex::new(Release::Disarmed(release)),
+        })
+    }
+
+    fn uffd(&self) -> io::Result<&Uffd> {
+        self.uffd.as_ref().ok_or_else(|| {
+            io::Error::new(
+                io::ErrorKind::Unsupported,
+                "this memory has no userfaultfd, so its absent pages cannot fault",
+            )
+        })
+    }
+
+    /// The addresses of a range, once for each mapping of it, and where in the range each begins.
+    fn addresses(&self, place: Place, len: u64) -> impl Iterator<Item = (u64, Range<u64>)> + '_ {
+        let wanted = place.offset..place.offset + len;
+        self.areas
+            .iter()
+            .filter(move |area| area.place.region == place.region)
+            .filter_map(move |area| {
+                let offset = area.place.offset;
+                let end = offset + (area.addresses.end - area.addresses.start);
+                let start = wanted.start.max(offset);
+                let end = wanted.end.min(end);
+                let address = |at: u64| area.addresses.start + (at - offset);
+                (start < end).then(|| (start - wanted.start, address(start)..address(end)))
+            })
+    }
+
+    /// Fills absent pages by `fill`, which is told where in the range to begin; goes on until it is done.
+    fn fill(
+        &self,
+        place: Place,
+        len: u64,
+        mut fill: impl FnMut(u64, Range<u64>) -> io::Result<Installed>,
+    ) -> io::Result<()> {
+        for (index, (mut skipped, mut addresses)) in self.addresses(place, len).enumerate() {
+            if index > 0 {
+                // The page is present through the first mapping; who waits on another one finds it there.
+                self.uffd()?.wake(addresses)?;
+                continue;
+            }
+            while addresses.start < addresses.end {
+                let installed = fill(skipped, addresses.clone())?;
+                skipped += installed.done;
+                addresses.start += installed.done;
+                match installed.stopped {
+                    // The program changes its mappings; the fault loop reads the events meanwhile.
+                    None | Some(Stop::Changing) => std::thread::yield_now(),
+                    // Nobody can look there any more.
+                    Some(Stop::Unmapped | Stop::Exited) => break,
+                    Some(Stop::NoRoom) => {
+                        return Err(io::Error::new(
+                            io::ErrorKind::StorageFull,
+                            "there is no room for a page: the memory, or the file system of the guest's RAM, is full",
+                        ));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A length as the whole pages that hold it.
+fn whole_pages(len: u64) -> u64 {
+    len.next_multiple_of(page_size())
+}
+
+impl Install for FileRam {
+    fn lens(&self) -> Vec<u64> {
+        self.regions
+            .iter()
+            .map(|region| region.storage.len())
+            .collect()
+    }
+
+    fn page_size(&self) -> u64 {
+        page_size()
+    }
+
+    fn can_fault(&self) -> bool {
+        self.uffd.is_some()
+    }
+
+    fn clear(&self) -> io::Result<()> {
+        for region in &self.regions {
+            region.storage.punch(0..region.storage.len())?;
+        }
+        Ok(())
+    }
+
+    fn discard(&self, region: usize, range: Range<u64>) -> io::Result<()> {
+        self.regions[region].storage.punch(range)
+    }
+
+    fn receive(
+        &self,
+        region: usize,
+        ranges: &[Range<u64>],
+        socket: BorrowedFd<'_>,
+    ) -> io::Result<()> {
+        let mapping = &self.regions[region].mapping;
+        for range in ranges {
+            // One call for the whole range costs less than a fault a page, and says when there is no room.
+            mapping.populate(range.clone())?;
+        }
+        let mut left = ranges.to_vec();
+        let mut rest = left.as_mut_slice();
+        while let Some(first) = rest.first() {
+            if first.is_empty() {
+                rest = &mut rest[1..];
+                continue;
+            }
+            let mut received = mapping.read_vectored_from(socket, rest)? as u64;
+            if received == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            for range in rest.iter_mut() {
+                let part = received.min(range.end - range.start);
+                range.start += part;
+                received -= part;
+            }
+        }
+        Ok(())
+    }
+
+    fn digest(&self, region: usize, range: Range<u64>) -> io::Result<u64> {
+        self.regions[region].mapping.digest(range)
+    }
+
+    fn arm(&self) -> io::Result<()> {
+        let uffd = self.uffd()?;
+        let missing = Mode {
+            missing: true,
+            ..Mode::default()
+        };
+        for area in &self.areas {
+            uffd.register(area.addresses.clone(), missing)?;
+        }
+        let mut release = self.release.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Release::Disarmed(undo) = &mut *release
+            && let Some(undo) = undo.take()
+        {
+            *release = Release::Armed(undo);
+        }
+        Ok(())
+    }
+
+    fn fault_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.uffd.as_ref().map(AsFd::as_fd)
+    }
+
+    fn faults(&self, faults: &mut Vec<Place>) -> io::Result<()> {
+        let mut events = Vec::new();
+        self.uffd()?.read_events(&mut events)?;
+        for event in events {
+            let Event::Fault { address, .. } = event else {
+                continue;
+            };
+            let area = self
+                .areas
+                .iter()
+                .find(|area| area.addresses.contains(&address));
+            if let Some(area) = area {
+                let offset = area.place.offset + (address - area.addresses.start);
+                faults.push(Place {
+                    region: area.place.region,
+                    offset: offset - offset % page_size(),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn install(&self, place: Place, data: &[u8]) -> io::Result<()> {
+        let len = data.len() as u64;
+        let padded;
+        let data = if len == whole_pages(len) {
+            data
+        } else {
+            // The last page of a region that is no multiple of a page.
+            let mut pages = data.to_vec();
+            pages.resize(
+                usize::try_from(whole_pages(len)).expect("little more than it was"),
+                0,
+            );
+            padded = pages;
+            &padded
+        };
+        self.fill(place, data.len() as u64, |skipped, addresses| {
+            let from = usize::try_from(skipped).expect("within the slice");
+            self.uffd()?
+                .install(addresses.start, &data[from..], page_size())
+        })
+    }
+
+    fn install_zeros(&self, place: Place, len: u64) -> io::Result<()> {
+        self.fill(place, whole_pages(len), |_, addresses| {
+            self.uffd()?.zero(addresses, page_size())
+        })
+    }
+
+    fn wake(&self, place: Place, len: u64) -> io::Result<()> {
+        for (_, addresses) in self.addresses(place, whole_pages(len)) {
+            self.uffd()?.wake(addresses)?;
+        }
+        Ok(())
+    }
+
+    fn disarm(&self) -> io::Result<()> {
+        let mut release = self.release.lock().unwrap_or_else(PoisonError::into_inner);
+        let undo = match std::mem::replace(&mut *release, Release::Disarmed(None)) {
+            Release::Armed(undo) => {
+                for area in &self.areas {
+                    self.uffd()?.unregister(area.addresses.clone())?;
+                }
+                Some(undo)
+            }
+            Release::Disarmed(undo) => undo,
+        };
+        undo.map_or(Ok(()), |undo| undo())
+    }
+}
