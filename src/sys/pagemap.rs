@@ -69,7 +69,7 @@ impl Pagemap {
         found: &mut dyn FnMut(Range<u64>),
     ) -> io::Result<()> {
         let flags = raw::PM_SCAN_WP_MATCHING | raw::PM_SCAN_CHECK_WPASYNC;
-        self.scan(range, flags, raw::PAGE_IS_WRITTEN, found)
+        self.scan(range, flags, Wanted::Written, found)
     }
 
     /// Names the pages of `range` that were written since they were last write-protected, and leaves them so.
@@ -82,7 +82,7 @@ impl Pagemap {
         found: &mut dyn FnMut(Range<u64>),
     ) -> io::Result<()> {
         let flags = raw::PM_SCAN_CHECK_WPASYNC;
-        self.scan(range, flags, raw::PAGE_IS_WRITTEN, found)
+        self.scan(range, flags, Wanted::Written, found)
     }
 
     /// Names the pages of `range` that this process has mapped or swapped out. A page that only the memory's file
@@ -95,17 +95,22 @@ impl Pagemap {
         range: Range<u64>,
         found: &mut dyn FnMut(Range<u64>),
     ) -> io::Result<()> {
-        let any_of = raw::PAGE_IS_PRESENT | raw::PAGE_IS_SWAPPED;
-        self.scan(range, 0, any_of, found)
+        self.scan(range, 0, Wanted::Present, found)
     }
 
     fn scan(
         &mut self,
         range: Range<u64>,
         flags: u32,
-        any_of: u32,
+        wanted: Wanted,
         found: &mut dyn FnMut(Range<u64>),
     ) -> io::Result<()> {
+        // Neighbours become one range if what is returned of them is equal, so nothing is returned of present pages.
+        let (category_mask, category_anyof_mask) = match wanted {
+            // Exactly this question takes the kernel's short way, which also names what became a hole since.
+            Wanted::Written => (raw::PAGE_IS_WRITTEN.into(), 0),
+            Wanted::Present => (0, (raw::PAGE_IS_PRESENT | raw::PAGE_IS_SWAPPED).into()),
+        };
         if self.found.is_empty() {
             let none = raw::page_region {
                 start: 0,
@@ -126,14 +131,9 @@ impl Pagemap {
                 vec_len: 0,
                 max_pages: 0,
                 category_inverted: 0,
-                category_mask: 0,
-                category_anyof_mask: any_of.into(),
-                // One category, so that neighbours become one range.
-                return_mask: if any_of == raw::PAGE_IS_WRITTEN {
-                    any_of.into()
-                } else {
-                    0
-                },
+                category_mask,
+                category_anyof_mask,
+                return_mask: category_mask,
             };
             match self.pagemap_scan(&mut scan) {
                 Ok(count) => {
@@ -233,6 +233,12 @@ impl Pagemap {
                 io::Error::new(error.kind(), format!("{path} cannot be written: {error}"))
             })
     }
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Wanted {
+    Written,
+    Present,
 }
 
 /// Whether the kernel keeps soft-dirty bits (`CONFIG_MEM_SOFT_DIRTY`), found out on a page of our own.
