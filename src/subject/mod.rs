@@ -3,6 +3,8 @@
 //! [`Outgoing`] is the subject where it runs now, [`Incoming`] where it will run. The engine calls them in the
 //! order of a migration and never both ends at once; every call has a deadline.
 
+pub mod qemu;
+
 use std::fmt::Debug;
 use std::io::{Read, Write};
 use std::time::Instant;

@@ -1,0 +1,5 @@
+//! Tests with whole virtual machines. They need QEMU, and say so.
+#![allow(clippy::unwrap_used, reason = "a test may panic, helpers too")]
+
+mod qemu;
+mod qemu_driver;
