@@ -4,6 +4,7 @@ pub mod backend;
 pub mod chunk;
 pub mod dirty;
 pub mod frontend;
+pub mod migrate;
 pub mod subject;
 #[allow(unsafe_code, reason = "the one folder that may; see its docs")]
 pub mod sys;

@@ -563,6 +563,12 @@ impl Leecher {
         self.events.pop_front()
     }
 
+    /// Whether [`poll_event`](Self::poll_event) has something.
+    #[must_use]
+    pub fn has_event(&self) -> bool {
+        !self.events.is_empty()
+    }
+
     fn verify(&self) -> Verify {
         self.agreement
             .as_ref()

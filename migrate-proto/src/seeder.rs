@@ -79,8 +79,8 @@ pub enum Event {
         /// What it was decided on.
         observation: Observation,
     },
-    /// Release was sent: the subject never runs here again.
-    Released,
+    /// The subject could run at the destination. Let go of it and say so: [`Seeder::handle_release`].
+    Release,
     /// The subject runs at the destination.
     Running,
     /// Every chunk is at the destination; what is left is to compare, if that was asked for.
@@ -150,6 +150,7 @@ struct Suspended {
     saved: Option<(u64, u64, ChunkBitmap)>,
     finalized: bool,
     ended: bool,
+    ready: bool,
 }
 
 /// The seeder's half of a session. See the module's documentation.
@@ -309,7 +310,15 @@ impl Seeder {
                 | Phase::Released { .. },
                 Message::Fetch { run },
             ) => self.session_mut().fetch(run)?,
-            (Phase::Suspended(Suspended { ended: true, .. }), Message::Ready) => self.hand_over(),
+            (
+                Phase::Suspended(Suspended {
+                    ended: true, ready, ..
+                }),
+                Message::Ready,
+            ) if !*ready => {
+                *ready = true;
+                self.events.push_back(Event::Release);
+            }
             (Phase::Suspended(_), Message::Digests { .. }) if verify == Verify::Before => {}
             (Phase::Suspended(_), Message::DigestsEnd) if verify == Verify::Before => {
                 self.events.push_back(Event::Compare);
@@ -426,6 +435,7 @@ impl Seeder {
             saved: None,
             finalized: post_copy,
             ended: false,
+            ready: false,
         });
         self.advance(now);
     }
@@ -493,6 +503,12 @@ impl Seeder {
     /// The next thing that the caller must do.
     pub fn poll_event(&mut self) -> Option<Event> {
         self.events.pop_front()
+    }
+
+    /// Whether [`poll_event`](Self::poll_event) has something.
+    #[must_use]
+    pub fn has_event(&self) -> bool {
+        !self.events.is_empty()
     }
 
     /// The next frame for a bulk lane, or, if the bandwidth limit says so, when to ask again.
@@ -592,8 +608,12 @@ impl Seeder {
         }
     }
 
-    /// From here on the subject never runs on this side again.
-    fn hand_over(&mut self) {
+    /// The answer to [`Event::Release`]: the caller lets go of the subject. From here on it never runs on this side
+    /// again. `false` if the session has failed meanwhile: then nothing was let go.
+    pub fn handle_release(&mut self) -> bool {
+        if !matches!(&self.phase, Phase::Suspended(suspended) if suspended.ready) {
+            return false;
+        }
         self.ownership = Ownership::There;
         self.phase = Phase::Released {
             running: false,
@@ -603,7 +623,7 @@ impl Seeder {
         self.messages.push_back(Message::Release {
             token: self.config.token,
         });
-        self.events.push_back(Event::Released);
+        true
     }
 
     fn finish(&mut self) {

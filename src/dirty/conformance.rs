@@ -96,12 +96,16 @@ pub fn a_write_is_named_by_the_next_take_and_by_it_alone<T: Tracked>(
 ) {
     let memory = make(64 * PAGE, ChunkSize::PAGE);
     start(&memory);
-    assert_eq!(named(&take(&memory)), [], "nothing was written yet");
+    assert_eq!(named(&take(&memory)), [0_u64; 0], "nothing was written yet");
     memory.write(3 * PAGE + 17, &[1]);
     memory.write(6 * PAGE - 1, &[1, 1]);
     memory.write(63 * PAGE, &[1]);
     assert_eq!(named(&take(&memory)), [3, 5, 6, 63]);
-    assert_eq!(named(&take(&memory)), [], "nothing was written since");
+    assert_eq!(
+        named(&take(&memory)),
+        [0_u64; 0],
+        "nothing was written since"
+    );
     stop(&memory);
 }
 
@@ -122,7 +126,7 @@ pub fn what_was_written_before_the_start_is_no_news<T: Tracked>(make: fn(u64, Ch
     memory.write(2 * PAGE, &[1]);
     assert!(memory.tracker().take().is_err(), "take needs start");
     start(&memory);
-    assert_eq!(named(&take(&memory)), []);
+    assert_eq!(named(&take(&memory)), [0_u64; 0]);
     memory.write(2 * PAGE, &[2]);
     assert_eq!(named(&take(&memory)), [2]);
     stop(&memory);
@@ -139,7 +143,11 @@ pub fn what_is_put_back_is_named_again_beside_what_is_new<T: Tracked>(
     memory.write(4 * PAGE, &[1]);
     memory.tracker().restore(&taken).expect("restore");
     assert_eq!(named(&take(&memory)), [1, 4]);
-    assert_eq!(named(&take(&memory)), [], "put back once, named once");
+    assert_eq!(
+        named(&take(&memory)),
+        [0_u64; 0],
+        "put back once, named once"
+    );
     stop(&memory);
 }
 
@@ -235,7 +243,7 @@ pub fn no_write_is_lost_while_the_writer_runs<T: Tracked>(make: fn(u64, ChunkSiz
     let lost: Vec<u64> = (0..CHUNKS)
         .filter(|chunk| copy[chunk] != read(*chunk))
         .collect();
-    assert_eq!(lost, [], "chunks whose last write no take covered");
+    assert_eq!(lost, [0_u64; 0], "chunks whose last write no take covered");
     assert_eq!(
         rounds_with_writes, ROUNDS_WITH_WRITES,
         "rounds in which the writer and the takes met, within 20 s"

@@ -1,0 +1,529 @@
+//! The script of the destination: what to do at each event of the state machine.
+
+use std::io;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use migrate_proto::leecher::Event;
+use migrate_proto::{
+    AbortCode, ChunkBitmap, ChunkRun, ChunkSize, Hello, Layout, Leecher, LeecherConfig, Message,
+    RegionDescriptor, Role, VERSIONS, Verify,
+};
+
+use super::faults::{FaultCounters, serve_faults};
+use super::lanes::{Counters, Receiving};
+use super::state::IncomingState;
+use super::{LeechCause, LeechError, LeechOutcome, bytes_of};
+use crate::chunk::Install;
+use crate::migrate::cancel::Cancel;
+use crate::migrate::clock::{Clock, micros};
+use crate::migrate::monitor::Monitor;
+use crate::migrate::options::LeechOptions;
+use crate::migrate::progress::{LeechReport, Phase, Progress, Rate, Reporter, Side, Verdict};
+use crate::subject::{Description, Incoming, SubjectError};
+use crate::transport::{LaneError, LaneReader, LaneWriter, Session};
+
+/// How often progress is reported, and how long a wish to cancel may go unnoticed.
+const TICK: Duration = Duration::from_millis(100);
+
+/// How long the last messages may take to reach the peer once the session has ended.
+const LINGER: Duration = Duration::from_secs(2);
+
+/// How many digests go into a frame: 512 KiB of them.
+const DIGESTS: u64 = 64 << 10;
+
+/// One session of the destination.
+#[derive(Debug)]
+pub(super) struct Driver<'a> {
+    session: &'a Session,
+    names: &'a [String],
+    memory: &'a dyn Install,
+    options: &'a LeechOptions,
+    reporter: &'a Reporter,
+    cancel: &'a Cancel,
+    clock: Clock,
+    counters: Counters,
+    faults: FaultCounters,
+}
+
+/// What is kept for the report, and while the session fails.
+#[derive(Debug, Default)]
+struct Course {
+    phase: Option<Phase>,
+    owned: bool,
+    complete: Option<Duration>,
+    state_bytes: u64,
+    verified: Option<Verdict>,
+    failure: Option<LeechCause>,
+    not_running: Option<SubjectError>,
+}
+
+impl<'a> Driver<'a> {
+    pub(super) fn new(
+        session: &'a Session,
+        names: &'a [String],
+        memory: &'a dyn Install,
+        options: &'a LeechOptions,
+        reporter: &'a Reporter,
+        cancel: &'a Cancel,
+    ) -> Self {
+        Self {
+            session,
+            names,
+            memory,
+            options,
+            reporter,
+            cancel,
+            clock: Clock::start(),
+            counters: Counters::default(),
+            faults: FaultCounters::default(),
+        }
+    }
+
+    /// Runs the session to its end.
+    pub(super) fn run(self, subject: &mut dyn Incoming) -> Result<LeechOutcome, LeechError> {
+        let aborted = |source| LeechError::Aborted {
+            cause: LeechCause::Local {
+                what: "cannot begin a session",
+                source,
+            },
+        };
+        let monitor = Monitor::new(Leecher::new(self.clock.now(), self.config()));
+        let (reader, writer) = self.session.control.split().map_err(aborted)?;
+        let state = IncomingState::new().map_err(aborted)?;
+        let writer = Mutex::new(writer);
+        let receiving = Receiving {
+            monitor: &monitor,
+            clock: self.clock,
+            memory: self.memory,
+            counters: &self.counters,
+        };
+        thread::scope(|scope| {
+            let (this, monitor, writer) = (&self, &monitor, &writer);
+            let (state, receiving) = (&state, &receiving);
+            let reading = scope.spawn(move || this.read_control(monitor, reader, state));
+            let writing = scope.spawn(move || this.write_control(monitor, writer));
+            for (index, lane) in (1..=u8::MAX).zip(&self.session.bulk) {
+                scope.spawn(move || receiving.serve_bulk(index, lane));
+            }
+            let mut serve_faults = || {
+                scope.spawn(move || serve_faults(receiving, &this.faults, &this.session.urgent));
+            };
+            let outcome = self.drive(monitor, writer, state, subject, &mut serve_faults);
+            monitor.close();
+            // As at the source: the last messages go out and are read before the sockets are shut.
+            let end = Instant::now() + LINGER;
+            wait_until(end, || writing.is_finished());
+            self.session.control.finish_sending();
+            wait_until(end, || reading.is_finished());
+            self.session.shut_down();
+            outcome
+        })
+    }
+
+    fn config(&self) -> LeecherConfig {
+        LeecherConfig {
+            hello: Hello {
+                oldest: VERSIONS.0,
+                newest: VERSIONS.1,
+                required: 0,
+                optional: 0,
+                role: Role::Leecher,
+                chunk_size: ChunkSize::PAGE,
+                regions: self
+                    .names
+                    .iter()
+                    .zip(self.memory.lens())
+                    .map(|(name, len)| RegionDescriptor {
+                        name: name.clone(),
+                        len,
+                    })
+                    .collect(),
+                post_copy: self.memory.can_fault(),
+                verify: Verify::Off,
+                dry_run: false,
+                kind: String::new(),
+                attributes: Vec::new(),
+            },
+            window: self.options.window,
+            lanes: u8::try_from(self.session.bulk.len()).unwrap_or(u8::MAX),
+            silence: micros(self.options.silence),
+        }
+    }
+
+    fn read_control(
+        &self,
+        monitor: &Monitor<Leecher>,
+        mut reader: LaneReader,
+        state: &IncomingState,
+    ) {
+        if let Err(error) = self.try_read_control(monitor, &mut reader, state) {
+            let code = match error {
+                LaneError::Decode(_) => AbortCode::Protocol,
+                _ => AbortCode::Failed,
+            };
+            monitor.tell(|leecher| {
+                leecher.abort(code, format!("the connection to the source broke: {error}"));
+            });
+        }
+    }
+
+    fn try_read_control(
+        &self,
+        monitor: &Monitor<Leecher>,
+        reader: &mut LaneReader,
+        state: &IncomingState,
+    ) -> Result<(), LaneError> {
+        let mut buffer = Vec::new();
+        loop {
+            let (message, payload) = reader.next()?;
+            buffer.resize(payload, 0);
+            reader.read_exact(&mut buffer)?;
+            let now = self.clock.now();
+            // What is wrong with a message has closed the session and is told as an event.
+            let _ = match message {
+                Message::State { offset } => {
+                    let len = payload as u64;
+                    let accepted = monitor.tell(|leecher| leecher.handle_state(now, offset, len));
+                    if accepted.is_ok() {
+                        state.put(offset, &buffer)?;
+                    }
+                    accepted
+                }
+                message => monitor.tell(|leecher| leecher.handle_message(now, message)),
+            };
+        }
+    }
+
+    fn write_control(&self, monitor: &Monitor<Leecher>, writer: &Mutex<LaneWriter>) {
+        while let Some(message) = monitor.next_message() {
+            let sent = lock(writer).send(&message, &[]);
+            if let Err(error) = sent {
+                monitor.tell(|leecher| {
+                    leecher.abort(
+                        AbortCode::Failed,
+                        format!("the connection to the source broke: {error}"),
+                    );
+                });
+                return;
+            }
+        }
+    }
+
+    fn drive(
+        &self,
+        monitor: &Monitor<Leecher>,
+        writer: &Mutex<LaneWriter>,
+        state: &IncomingState,
+        subject: &mut dyn Incoming,
+        serve_faults: &mut dyn FnMut(),
+    ) -> Result<LeechOutcome, LeechError> {
+        let mut course = Course::default();
+        let mut rate = Rate::new();
+        self.enter(&mut course, Phase::Greeting);
+        loop {
+            let timeout = monitor.lock().machine.poll_timeout();
+            let event = monitor.next_event(self.clock.until(timeout, TICK));
+            let Some(event) = event else {
+                self.tick(monitor, &course, &mut rate);
+                continue;
+            };
+            let result = match event {
+                Event::Prepare => self.prepare(monitor, subject, &mut course),
+                Event::Finalize { remote } => {
+                    self.enter(&mut course, Phase::CutOver);
+                    self.finalize(monitor, &remote, serve_faults)
+                }
+                Event::Discard { stale } => self.discard(&self.layout(monitor), &stale),
+                Event::Digests => self.send_digests(monitor, writer),
+                Event::Load { len, digest } => {
+                    course.state_bytes = len;
+                    self.load(monitor, state, subject, len, digest)
+                }
+                Event::Run => {
+                    self.run_subject(monitor, subject, &mut course);
+                    Ok(())
+                }
+                Event::Drained => {
+                    course.complete = Some(self.clock.elapsed());
+                    self.faults.stop();
+                    self.enter(&mut course, Phase::Verifying);
+                    self.memory
+                        .disarm()
+                        .map_err(local("cannot stop watching the guest's memory"))
+                        .map(|()| monitor.tell(Leecher::handle_disarmed))
+                }
+                Event::Verdict {
+                    compared,
+                    different,
+                } => {
+                    let verdict = Verdict {
+                        compared,
+                        different,
+                    };
+                    course.verified = Some(verdict);
+                    self.reporter.say(Progress::Verified(verdict));
+                    Ok(())
+                }
+                Event::Done => {
+                    self.enter(&mut course, Phase::Done);
+                    return self.outcome(&mut course);
+                }
+                Event::Aborted { error } => {
+                    // Nobody needs this memory: nothing is left in the program that has it.
+                    let _ = self.memory.disarm();
+                    let cause = course.failure.take();
+                    return Err(LeechError::Aborted {
+                        cause: cause.unwrap_or(LeechCause::Protocol(error)),
+                    });
+                }
+                Event::Undecided { error } => {
+                    let cause = course.failure.take();
+                    return Err(LeechError::Undecided {
+                        cause: cause.unwrap_or(LeechCause::Protocol(error)),
+                    });
+                }
+                Event::Lost { missing: 0, .. } => {
+                    // All is here; only the farewell is missing, or the comparison.
+                    self.faults.stop();
+                    let _ = self.memory.disarm();
+                    course.complete.get_or_insert_with(|| self.clock.elapsed());
+                    return self.outcome(&mut course);
+                }
+                Event::Lost { error, missing } => {
+                    let cause = course.failure.take();
+                    return Err(LeechError::Lost {
+                        cause: cause.unwrap_or(LeechCause::Protocol(error)),
+                        missing: bytes_of(&self.layout(monitor), missing),
+                    });
+                }
+            };
+            if let Err(cause) = result {
+                let reason = format!("the destination failed: {cause}");
+                course.failure.get_or_insert(cause);
+                monitor.tell(|leecher| leecher.abort(AbortCode::Failed, reason));
+            }
+        }
+    }
+
+    fn layout(&self, monitor: &Monitor<Leecher>) -> Layout {
+        let state = monitor.lock();
+        let agreement = state.machine.agreement();
+        agreement.expect("the session has begun").layout.clone()
+    }
+
+    fn enter(&self, course: &mut Course, phase: Phase) {
+        course.phase = Some(phase);
+        self.reporter.say(Progress::Phase {
+            phase,
+            at: self.clock.elapsed().as_secs_f64(),
+        });
+    }
+
+    fn tick(&self, monitor: &Monitor<Leecher>, course: &Course, rate: &mut Rate) {
+        let now = self.clock.now();
+        let cancelled = self.cancel.is_cancelled();
+        monitor.tell(|leecher| {
+            leecher.handle_timeout(now);
+            // A source that waits for nothing but our Ready may be told; one that has released may not.
+            if cancelled && !course.owned && leecher.phase() != "ready" {
+                leecher.abort(AbortCode::Cancelled, "cancelled by the user".into());
+            }
+        });
+        if self.reporter.0.is_none() {
+            return;
+        }
+        let state = monitor.lock();
+        let Some(agreement) = state.machine.agreement() else {
+            return;
+        };
+        let (layout, missing, round) = (
+            agreement.layout.clone(),
+            state.machine.missing(),
+            state.machine.round(),
+        );
+        drop(state);
+        let traffic = self.counters.traffic();
+        let at = self.clock.elapsed();
+        let remaining = bytes_of(&layout, missing);
+        let rate = rate.update(at, traffic.memory_bytes + traffic.zero_bytes);
+        self.reporter.say(Progress::Update {
+            side: Side::Leecher,
+            phase: course.phase.unwrap_or(Phase::Greeting),
+            at: at.as_secs_f64(),
+            round,
+            total: layout.bytes(),
+            remaining,
+            traffic,
+            rate,
+            dirty_rate: None,
+            predicted_blackout: None,
+            #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+            eta: (rate > 0).then(|| remaining as f64 / rate as f64),
+            faults: self.faults.fetched(),
+        });
+    }
+
+    /// Compares the subjects, then makes the memory empty: what was in it would pass for the source's.
+    fn prepare(
+        &self,
+        monitor: &Monitor<Leecher>,
+        subject: &dyn Incoming,
+        course: &mut Course,
+    ) -> Result<(), LeechCause> {
+        let (theirs, agreement) = {
+            let state = monitor.lock();
+            let machine = &state.machine;
+            (machine.theirs().cloned(), machine.agreement().cloned())
+        };
+        let (theirs, agreement) = theirs
+            .zip(agreement)
+            .expect("Prepare comes after both hellos");
+        let description = Description {
+            kind: theirs.kind,
+            attributes: theirs.attributes,
+        };
+        subject.accept(&description)?;
+        self.reporter.say(Progress::Agreed {
+            bytes: agreement.layout.bytes(),
+            regions: agreement.layout.regions().len(),
+            post_copy: agreement.post_copy,
+        });
+        if !agreement.dry_run {
+            self.enter(course, Phase::PreCopy);
+            self.memory
+                .clear()
+                .map_err(local("cannot empty the destination's memory"))?;
+        }
+        monitor.tell(Leecher::handle_prepared);
+        Ok(())
+    }
+
+    /// Faults are armed first, so that what is then made absent is asked for and not read as zeros.
+    fn finalize(
+        &self,
+        monitor: &Monitor<Leecher>,
+        remote: &ChunkBitmap,
+        serve_faults: &mut dyn FnMut(),
+    ) -> Result<(), LeechCause> {
+        if self.memory.can_fault() {
+            self.memory
+                .arm()
+                .map_err(local("cannot watch the guest's memory"))?;
+            serve_faults();
+        } else if !remote.is_empty() {
+            return Err(LeechCause::Local {
+                what: "the source left memory behind",
+                source: io::Error::new(
+                    io::ErrorKind::Unsupported,
+                    "this side cannot work with post-copy",
+                ),
+            });
+        }
+        self.discard(&self.layout(monitor), remote)
+    }
+
+    fn discard(&self, layout: &Layout, stale: &ChunkBitmap) -> Result<(), LeechCause> {
+        for span in stale.runs().flat_map(|run| layout.spans(run)) {
+            self.memory
+                .discard(span.region, span.offset..span.offset + span.len)
+                .map_err(local("cannot drop stale pages"))?;
+        }
+        Ok(())
+    }
+
+    fn send_digests(
+        &self,
+        monitor: &Monitor<Leecher>,
+        writer: &Mutex<LaneWriter>,
+    ) -> Result<(), LeechCause> {
+        let chunks = self.layout(monitor).chunks();
+        let mut first = 0;
+        while first < chunks {
+            let count = DIGESTS.min(chunks - first);
+            let bytes: Vec<u8> = {
+                let state = monitor.lock();
+                let digests = state.machine.digests(ChunkRun::new(first, count));
+                digests
+                    .iter()
+                    .flat_map(|digest| digest.to_le_bytes())
+                    .collect()
+            };
+            lock(writer)
+                .send(&Message::Digests { first }, &[&bytes])
+                .map_err(local("cannot send the digests"))?;
+            first += count;
+        }
+        monitor.tell(Leecher::handle_digests_sent);
+        Ok(())
+    }
+
+    fn load(
+        &self,
+        monitor: &Monitor<Leecher>,
+        state: &IncomingState,
+        subject: &mut dyn Incoming,
+        len: u64,
+        digest: u64,
+    ) -> Result<(), LeechCause> {
+        let mut state = state
+            .finish(len, digest)
+            .map_err(local("cannot use the device state"))?;
+        subject.load(&mut state, Instant::now() + self.options.subject_deadline)?;
+        monitor.tell(Leecher::handle_loaded);
+        Ok(())
+    }
+
+    /// Ownership has passed, so whatever happens now, the subject belongs here.
+    fn run_subject(
+        &self,
+        monitor: &Monitor<Leecher>,
+        subject: &mut dyn Incoming,
+        course: &mut Course,
+    ) {
+        course.owned = true;
+        if let Err(error) = subject.resume(Instant::now() + self.options.subject_deadline) {
+            // The memory goes on coming: an operator can start what is complete.
+            course.not_running = Some(error);
+        }
+        monitor.tell(Leecher::handle_running);
+        self.reporter.say(Progress::HandedOver {
+            side: Side::Leecher,
+            at: self.clock.elapsed().as_secs_f64(),
+        });
+        self.enter(course, Phase::PostCopy);
+    }
+
+    fn outcome(&self, course: &mut Course) -> Result<LeechOutcome, LeechError> {
+        if let Some(cause) = course.not_running.take() {
+            return Err(LeechError::NotRunning { cause });
+        }
+        let Some(complete) = course.complete else {
+            return Ok(LeechOutcome::DryRun);
+        };
+        Ok(LeechOutcome::Moved(LeechReport {
+            total: complete.as_secs_f64(),
+            traffic: self.counters.traffic(),
+            faults: self.faults.fetched(),
+            fault_micros: self.faults.percentiles(),
+            state_bytes: course.state_bytes,
+            verified: course.verified,
+        }))
+    }
+}
+
+fn local(what: &'static str) -> impl FnOnce(io::Error) -> LeechCause {
+    move |source| LeechCause::Local { what, source }
+}
+
+fn lock(writer: &Mutex<LaneWriter>) -> MutexGuard<'_, LaneWriter> {
+    writer.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Waits for `done`, until `end` at the latest. Only ever at the end of a session, where nothing signals.
+fn wait_until(end: Instant, done: impl Fn() -> bool) {
+    while !done() && Instant::now() < end {
+        thread::park_timeout(Duration::from_micros(200));
+    }
+}

@@ -1,0 +1,312 @@
+//! The threads that receive chunks.
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use migrate_proto::leecher::{Admission, Part, reserve};
+use migrate_proto::{
+    AbortCode, Chunks, Content, Layout, Leecher, Message, ProtocolError, Span, chunk_digest,
+};
+
+use crate::chunk::{Install, Place};
+use crate::migrate::clock::Clock;
+use crate::migrate::monitor::Monitor;
+use crate::migrate::progress::Traffic;
+use crate::transport::{Lane, LaneError, LaneReader};
+
+/// How long a thread without work sleeps at most before it looks whether the session is over.
+const IDLE: Duration = Duration::from_millis(100);
+
+/// What every receiving thread needs.
+#[derive(Debug)]
+pub(super) struct Receiving<'a> {
+    pub(super) monitor: &'a Monitor<Leecher>,
+    pub(super) clock: Clock,
+    pub(super) memory: &'a dyn Install,
+    pub(super) counters: &'a Counters,
+}
+
+/// What came over the wire, counted by the threads that receive.
+#[derive(Debug, Default)]
+pub(super) struct Counters {
+    wire: AtomicU64,
+    memory: AtomicU64,
+    zero: AtomicU64,
+}
+
+impl Counters {
+    pub(super) fn traffic(&self) -> Traffic {
+        Traffic {
+            wire_bytes: self.wire.load(Ordering::Relaxed),
+            memory_bytes: self.memory.load(Ordering::Relaxed),
+            zero_bytes: self.zero.load(Ordering::Relaxed),
+        }
+    }
+}
+
+/// Why a lane is given up.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ReceiveError {
+    #[error(transparent)]
+    Lane(#[from] LaneError),
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error("a chunk was damaged on its way, or in memory")]
+    Damaged,
+    /// The state machine has closed the session and told why.
+    #[error("the session is over")]
+    Closed,
+}
+
+impl From<ProtocolError> for ReceiveError {
+    fn from(_: ProtocolError) -> Self {
+        Self::Closed
+    }
+}
+
+impl Receiving<'_> {
+    /// Serves one bulk lane until the session is over.
+    pub(super) fn serve_bulk(&self, index: u8, lane: &Lane) {
+        if let Err(error) = self.try_serve_bulk(index, lane) {
+            self.broke(&error);
+        }
+    }
+
+    fn try_serve_bulk(&self, index: u8, lane: &Lane) -> Result<(), ReceiveError> {
+        let (mut reader, _) = lane.split()?;
+        let mut staging = Vec::new();
+        loop {
+            let (message, payload) = match reader.next() {
+                Err(LaneError::Closed) if self.monitor.lock().closed => return Ok(()),
+                next => next?,
+            };
+            self.receive(index, message, payload, &mut reader, &mut staging)?;
+        }
+    }
+
+    /// Ends the session because of what happened on a lane.
+    pub(super) fn broke(&self, error: &ReceiveError) {
+        let (code, reason) = match error {
+            ReceiveError::Closed => return,
+            ReceiveError::Lane(LaneError::Decode(error)) => (
+                AbortCode::Protocol,
+                format!("the source sent garbage: {error}"),
+            ),
+            ReceiveError::Lane(error) => (
+                AbortCode::Failed,
+                format!("a lane from the source broke: {error}"),
+            ),
+            error => (
+                AbortCode::Failed,
+                format!("the destination failed: {error}"),
+            ),
+        };
+        self.monitor.tell(|leecher| leecher.abort(code, reason));
+    }
+
+    /// Deals with one frame of a bulk or the urgent lane.
+    pub(super) fn receive(
+        &self,
+        lane: u8,
+        message: Message,
+        payload: usize,
+        reader: &mut LaneReader,
+        staging: &mut Vec<u8>,
+    ) -> Result<(), ReceiveError> {
+        let Message::Chunks(chunks) = message else {
+            reader.skip(payload)?;
+            let now = self.clock.now();
+            return Ok(self
+                .monitor
+                .tell(|leecher| leecher.handle_message(now, message))?);
+        };
+        let header = 32 + chunks.runs.len() * 17 + chunks.digests.len() * 8;
+        self.counters
+            .wire
+            .fetch_add((header + payload) as u64, Ordering::Relaxed);
+        let (parts, direct) = match self.admit(lane, &chunks, payload as u64)? {
+            Some(admitted) => admitted,
+            None => return Ok(reader.skip(payload)?),
+        };
+        let layout = self.layout();
+        if direct {
+            self.receive_in_place(&layout, &chunks, &parts, reader)?;
+        } else {
+            staging.resize(payload, 0);
+            reader.read_exact(staging)?;
+            self.install(&layout, &chunks, &parts, staging)?;
+        }
+        self.count(&layout, &parts);
+        let mut state = self.monitor.lock();
+        state.machine.handle_installed(lane, &chunks, &parts);
+        drop(state);
+        self.monitor.tell(|_| ());
+        Ok(())
+    }
+
+    /// Asks what to do with a frame, and waits if its round has not begun here. `None`: forget it.
+    fn admit(
+        &self,
+        lane: u8,
+        chunks: &Chunks,
+        payload: u64,
+    ) -> Result<Option<(Vec<Part>, bool)>, ReceiveError> {
+        let mut state = self.monitor.lock();
+        loop {
+            if state.closed {
+                return Err(ReceiveError::Closed);
+            }
+            let now = self.clock.now();
+            match state.machine.admit(now, lane, chunks, payload) {
+                Ok(Admission::Install { parts, direct }) => return Ok(Some((parts, direct))),
+                Ok(Admission::Ignore) => return Ok(None),
+                Ok(Admission::Wait) => {}
+                Err(error) => {
+                    drop(state);
+                    self.monitor.wake_driver();
+                    return Err(error.into());
+                }
+            }
+            state = self.monitor.wait_for_work(state, IDLE);
+        }
+    }
+
+    fn layout(&self) -> Layout {
+        let state = self.monitor.lock();
+        let agreement = state.machine.agreement();
+        agreement.expect("a frame was admitted").layout.clone()
+    }
+
+    fn count(&self, layout: &Layout, parts: &[Part]) {
+        for part in parts {
+            let bytes = layout.bytes_in(part.run);
+            match part.content {
+                Content::Data => self.counters.memory.fetch_add(bytes, Ordering::Relaxed),
+                Content::Zero => self.counters.zero.fetch_add(bytes, Ordering::Relaxed),
+            };
+        }
+    }
+
+    /// From the socket into place, since nobody else looks; what is not wanted is skipped.
+    fn receive_in_place(
+        &self,
+        layout: &Layout,
+        chunks: &Chunks,
+        parts: &[Part],
+        reader: &mut LaneReader,
+    ) -> Result<(), ReceiveError> {
+        let mut digests = chunks.digests.iter();
+        // Runs of wanted data in one region that follow each other in the payload are received by one call.
+        let mut pending: Vec<Span> = Vec::new();
+        for part in parts {
+            let spans = layout.spans(part.run);
+            match part.content {
+                Content::Zero if part.install => {
+                    for span in spans {
+                        // In the first pass nothing is there yet.
+                        if chunks.round > 0 {
+                            self.memory
+                                .discard(span.region, span.offset..span.offset + span.len)?;
+                        }
+                    }
+                }
+                Content::Zero => {}
+                Content::Data if part.install => {
+                    for span in spans {
+                        if pending
+                            .last()
+                            .is_some_and(|last| last.region != span.region)
+                        {
+                            self.receive_spans(layout, &mut pending, &mut digests, reader)?;
+                        }
+                        pending.push(span);
+                    }
+                }
+                Content::Data => {
+                    self.receive_spans(layout, &mut pending, &mut digests, reader)?;
+                    let bytes = layout.bytes_in(part.run);
+                    reader.skip(usize::try_from(bytes).expect("part of a payload"))?;
+                    for _ in part.run.range() {
+                        digests.next();
+                    }
+                }
+            }
+        }
+        self.receive_spans(layout, &mut pending, &mut digests, reader)
+    }
+
+    fn receive_spans<'d>(
+        &self,
+        layout: &Layout,
+        spans: &mut Vec<Span>,
+        digests: &mut impl Iterator<Item = &'d u64>,
+        reader: &LaneReader,
+    ) -> Result<(), ReceiveError> {
+        let Some(first) = spans.first() else {
+            return Ok(());
+        };
+        let region = first.region;
+        let ranges: Vec<Range<u64>> = spans
+            .iter()
+            .map(|span| span.offset..span.offset + span.len)
+            .collect();
+        self.memory.receive(region, &ranges, reader.as_fd())?;
+        let size = u64::from(layout.chunk_size().bytes());
+        for span in spans.drain(..) {
+            let end = span.offset + span.len;
+            let mut offset = span.offset;
+            while offset < end {
+                let next = (offset + size).min(end);
+                let digest = reserve(self.memory.digest(region, offset..next)?);
+                if digests.next() != Some(&digest) {
+                    return Err(ReceiveError::Damaged);
+                }
+                offset = next;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whole pages, none over a resident one.
+    fn install(
+        &self,
+        layout: &Layout,
+        chunks: &Chunks,
+        parts: &[Part],
+        payload: &[u8],
+    ) -> Result<(), ReceiveError> {
+        let size = layout.chunk_size().bytes() as usize;
+        let mut digests = chunks.digests.iter();
+        let mut rest = payload;
+        for part in parts {
+            for span in layout.spans(part.run) {
+                let place = Place {
+                    region: span.region,
+                    offset: span.offset,
+                };
+                if part.content == Content::Zero {
+                    // Absent is zero; who waits for it faults again and gets a page then.
+                    if part.install {
+                        self.memory.wake(place, span.len)?;
+                    }
+                    continue;
+                }
+                let len = usize::try_from(span.len).expect("part of a payload");
+                let (bytes, more) = rest.split_at(len);
+                rest = more;
+                for chunk in bytes.chunks(size) {
+                    if digests.next() != Some(&chunk_digest(chunk)) {
+                        return Err(ReceiveError::Damaged);
+                    }
+                }
+                if part.install {
+                    self.memory.install(place, bytes)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,29 @@
+//! A migration from one end to the other: the drivers of the protocol's state machines.
+//!
+//! [`seed`] runs where the subject runs now, [`leech`] where it will. Both are calls that return when the session has
+//! ended; they use plain threads, because their work is copying memory between blocking sockets and page faults:
+//!
+//! ```text
+//!  seed                                          leech
+//!    driver: events, suspend, save                 driver: events, load, resume
+//!    control reader, control writer   ◄─────►      control reader, control writer
+//!    urgent: fetch → chunk            ◄─────►      faults: uffd → fetch, chunk → install
+//!    bulk × n: read, hash, send       ──────►      bulk × n: receive into place, hash
+//! ```
+//!
+//! Each thread locks the state machine for a decision, never while it reads, hashes, sends or waits.
+
+mod cancel;
+mod clock;
+mod leech;
+mod monitor;
+mod options;
+mod progress;
+mod seed;
+
+pub use cancel::Cancel;
+pub use leech::{LeechCause, LeechError, LeechOutcome, leech};
+pub use migrate_proto::{Budget, Decision, Observation, PostCopy, Verify};
+pub use options::{LeechOptions, SeedOptions};
+pub use progress::{Forecast, LeechReport, Phase, Progress, SeedReport, Side, Traffic, Verdict};
+pub use seed::{Cause, SeedError, SeedOutcome, SourceRegion, seed};

@@ -1,0 +1,249 @@
+//! The threads that read memory and send it.
+
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use migrate_proto::limits::MAX_RUNS;
+use migrate_proto::seeder::Batch;
+use migrate_proto::{
+    AbortCode, ChunkRun, Chunks, Content, Layout, Message, Run, Seeder, URGENT_LANE, chunk_digest,
+};
+
+use super::SourceRegion;
+use crate::migrate::clock::Clock;
+use crate::migrate::monitor::Monitor;
+use crate::migrate::progress::Traffic;
+use crate::transport::{Lane, LaneError, LaneWriter};
+
+/// How long a thread without work sleeps at most before it looks whether the session is over.
+const IDLE: Duration = Duration::from_millis(100);
+
+/// What every sending thread needs.
+#[derive(Debug)]
+pub(super) struct Sending<'a> {
+    pub(super) monitor: &'a Monitor<Seeder>,
+    pub(super) clock: Clock,
+    pub(super) regions: &'a [SourceRegion],
+    pub(super) layout: &'a Layout,
+    pub(super) counters: &'a Counters,
+}
+
+/// What went over the wire, counted by the threads that send.
+#[derive(Debug, Default)]
+pub(super) struct Counters {
+    wire: AtomicU64,
+    memory: AtomicU64,
+    zero: AtomicU64,
+}
+
+impl Counters {
+    pub(super) fn traffic(&self) -> Traffic {
+        Traffic {
+            wire_bytes: self.wire.load(Ordering::Relaxed),
+            memory_bytes: self.memory.load(Ordering::Relaxed),
+            zero_bytes: self.zero.load(Ordering::Relaxed),
+        }
+    }
+}
+
+impl Sending<'_> {
+    /// Serves one bulk lane until the session is over.
+    pub(super) fn serve_bulk(&self, index: u8, lane: &Lane) {
+        if let Err(error) = self.try_serve_bulk(index, lane) {
+            self.broke("a bulk lane", &error);
+        }
+    }
+
+    fn try_serve_bulk(&self, index: u8, lane: &Lane) -> io::Result<()> {
+        let (_, mut writer) = lane.split()?;
+        let mut frame = Frame::default();
+        while let Some(batch) = self.next_batch(index) {
+            self.send(&batch, &mut frame, &mut writer)?;
+        }
+        Ok(())
+    }
+
+    fn next_batch(&self, lane: u8) -> Option<Batch> {
+        let mut state = self.monitor.lock();
+        loop {
+            if state.closed {
+                return None;
+            }
+            let now = self.clock.now();
+            let patience = match state.machine.poll_batch(now, lane) {
+                Ok(Some(batch)) => return Some(batch),
+                Ok(None) => IDLE,
+                Err(later) => self.clock.until(Some(later), IDLE),
+            };
+            // Finding nothing left to send may have ended the round.
+            if state.machine.has_event() {
+                self.monitor.wake_driver();
+            }
+            state = self.monitor.wait_for_work(state, patience);
+        }
+    }
+
+    /// Answers fetches on the urgent lane, on the thread that reads them: no other has to wake up for a fault.
+    pub(super) fn serve_urgent(&self, lane: &Lane) {
+        match self.try_serve_urgent(lane) {
+            Ok(()) => {}
+            Err(LaneError::Io(error)) => self.broke("the urgent lane", &error),
+            Err(error) => self.broke("the urgent lane", &io::Error::other(error)),
+        }
+    }
+
+    fn try_serve_urgent(&self, lane: &Lane) -> Result<(), LaneError> {
+        let (mut reader, mut writer) = lane.split()?;
+        let mut frame = Frame::default();
+        loop {
+            let (message, payload) = match reader.next() {
+                Err(LaneError::Closed) if self.monitor.lock().closed => return Ok(()),
+                next => next?,
+            };
+            reader.skip(payload)?;
+            let now = self.clock.now();
+            let fetched = self.monitor.tell(|seeder| {
+                // What is wrong with it has closed the session and is told as an event.
+                let _ = seeder.handle_message(now, message);
+                seeder.poll_urgent()
+            });
+            let mut next = fetched;
+            while let Some(batch) = next {
+                self.send(&batch, &mut frame, &mut writer)?;
+                next = self.monitor.lock().machine.poll_urgent();
+            }
+        }
+    }
+
+    fn send(&self, batch: &Batch, frame: &mut Frame, writer: &mut LaneWriter) -> io::Result<()> {
+        frame.fill(batch, self.regions, self.layout)?;
+        let now = self.clock.now();
+        let memory = frame.payload_len();
+        self.monitor
+            .lock()
+            .machine
+            .handle_filled(now, batch, memory);
+        let Counters {
+            wire,
+            memory: sent,
+            zero,
+        } = self.counters;
+        let message = Message::Chunks(std::mem::take(&mut frame.chunks));
+        let bytes = writer.send(&message, &frame.slices())?;
+        wire.fetch_add(bytes, Ordering::Relaxed);
+        sent.fetch_add(memory, Ordering::Relaxed);
+        zero.fetch_add(frame.zero, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn broke(&self, what: &str, error: &io::Error) {
+        self.monitor.tell(|seeder| {
+            seeder.abort(
+                AbortCode::Failed,
+                format!("{what} to the destination broke: {error}"),
+            );
+        });
+    }
+}
+
+/// A frame of chunks while it is put together; its buffers are kept from one to the next.
+#[derive(Debug, Default)]
+struct Frame {
+    chunks: Chunks,
+    buffer: Vec<u8>,
+    /// The parts of the buffer that are sent: all but zeros.
+    parts: Vec<std::ops::Range<usize>>,
+    zero: u64,
+}
+
+/// Compared with a chunk to see whether it is zero; memcmp does that faster than anything else.
+static ZEROS: [u8; 4 << 20] = [0; 4 << 20];
+
+impl Frame {
+    fn fill(&mut self, batch: &Batch, regions: &[SourceRegion], layout: &Layout) -> io::Result<()> {
+        self.chunks = Chunks {
+            sequence: batch.sequence,
+            round: batch.round,
+            runs: Vec::new(),
+            digests: Vec::new(),
+        };
+        self.parts.clear();
+        self.zero = 0;
+        if batch.hole {
+            for &run in &batch.runs {
+                self.push(run, Content::Zero);
+                self.zero += layout.bytes_in(run);
+            }
+            return Ok(());
+        }
+        let size = layout.chunk_size().bytes() as usize;
+        let mut used = 0;
+        for span in batch.runs.iter().flat_map(|&run| layout.spans(run)) {
+            let len = usize::try_from(span.len).map_err(io::Error::other)?;
+            if self.buffer.len() < used + len {
+                self.buffer.resize(used + len, 0);
+            }
+            let region = &regions[span.region];
+            region
+                .storage
+                .read_exact_at(&mut self.buffer[used..used + len], span.offset)
+                .map_err(|error| {
+                    io::Error::new(
+                        error.kind(),
+                        format!("cannot read memory region {}: {error}", region.name),
+                    )
+                })?;
+            let mut chunk = span.run.start.0;
+            for start in (0..len).step_by(size) {
+                let end = (start + size).min(len);
+                let bytes = &self.buffer[used + start..used + end];
+                if *bytes == ZEROS[..bytes.len()] {
+                    self.zero += bytes.len() as u64;
+                    self.push(ChunkRun::new(chunk, 1), Content::Zero);
+                } else {
+                    self.chunks.digests.push(chunk_digest(bytes));
+                    self.push(ChunkRun::new(chunk, 1), Content::Data);
+                    self.part(used + start..used + end);
+                }
+                chunk += 1;
+            }
+            used += len;
+        }
+        Ok(())
+    }
+
+    /// Appends a run, to the last one if it goes on there.
+    fn push(&mut self, run: ChunkRun, content: Content) {
+        match self.chunks.runs.last_mut() {
+            Some(last) if last.content == content && last.run.end() == run.start.0 => {
+                last.run.count += run.count;
+            }
+            _ => self.chunks.runs.push(Run { run, content }),
+        }
+        debug_assert!(
+            self.chunks.runs.len() <= MAX_RUNS,
+            "a batch is small enough"
+        );
+    }
+
+    fn part(&mut self, range: std::ops::Range<usize>) {
+        match self.parts.last_mut() {
+            Some(last) if last.end == range.start => last.end = range.end,
+            _ => self.parts.push(range),
+        }
+    }
+
+    fn payload_len(&self) -> u64 {
+        self.parts.iter().map(|part| part.len() as u64).sum()
+    }
+
+    fn slices(&self) -> Vec<&[u8]> {
+        self.parts
+            .iter()
+            .map(|part| &self.buffer[part.clone()])
+            .collect()
+    }
+}
+
+const _: () = assert!(URGENT_LANE == 0, "bulk lanes are numbered from 1");
