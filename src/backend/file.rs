@@ -10,10 +10,11 @@ use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::Errno;
 
 use crate::chunk::Storage;
+use crate::sys::sparse::{next_data, next_hole};
 
 /// A file, read and written by position; its holes stay holes until they are written.
 ///
-/// What others write to the file, or to a shared mapping of it, is seen at once. The length is that which the file
+/// Looking for holes moves the cursor of the file, which nothing here uses. What others write to the file, or to a shared mapping of it, is seen at once. The length is that which the file
 /// had when this was made.
 #[derive(Debug)]
 pub struct FileStorage {
@@ -87,16 +88,6 @@ impl FileStorage {
             _ => Err(outside(self.len)),
         }
     }
-
-    /// Where the first data (or the first hole) at or after `offset` is; `None` if there is no more.
-    fn seek(&self, to: SeekFrom) -> io::Result<Option<u64>> {
-        // This moves the file's cursor, which nothing here uses.
-        match rustix::fs::seek(&self.file, to) {
-            Ok(position) => Ok(Some(position)),
-            Err(Errno::NXIO) => Ok(None),
-            Err(errno) => Err(errno.into()),
-        }
-    }
 }
 
 impl Storage for FileStorage {
@@ -122,18 +113,10 @@ impl Storage for FileStorage {
         let mut ranges = Vec::new();
         let mut next = 0;
         while next < self.len {
-            let start = match self.seek(SeekFrom::Data(next)) {
-                Ok(Some(start)) if start < self.len => start,
-                Ok(_) => break,
-                // A file system or a device that does not know: all of it may be data.
-                Err(error) if error.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => next,
-                Err(error) => return Err(error),
+            let Some(start) = next_data(&self.file, next)?.filter(|&start| start < self.len) else {
+                break;
             };
-            let end = match self.seek(SeekFrom::Hole(start)) {
-                Ok(end) => end.map_or(self.len, |end| end.min(self.len)),
-                Err(error) if error.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => self.len,
-                Err(error) => return Err(error),
-            };
+            let end = next_hole(&self.file, start)?.map_or(self.len, |end| end.min(self.len));
             // The data may have been punched between the two questions.
             if end > start {
                 ranges.push(start..end);

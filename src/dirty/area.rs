@@ -60,18 +60,34 @@ impl Areas {
         self.areas.iter()
     }
 
+    pub(super) fn region_len(&self) -> u64 {
+        self.region_len
+    }
+
     /// The empty set of the chunks of this region.
     pub(super) fn no_chunks(&self) -> ChunkBitmap {
         ChunkBitmap::empty(self.chunk_size.chunks_in(self.region_len))
     }
 
+    /// The chunks of `bytes` of the region.
+    pub(super) fn chunks_of(&self, bytes: &Range<u64>) -> ChunkRun {
+        let start = bytes.start / u64::from(self.chunk_size.bytes());
+        let end = self.chunk_size.chunks_in(bytes.end.min(self.region_len));
+        ChunkRun::new(start, end.saturating_sub(start))
+    }
+
+    /// The addresses of `bytes` of the region, which begin at a page, in `area`: whole pages, perhaps none.
+    pub(super) fn addresses(area: &Area, bytes: &Range<u64>) -> Range<u64> {
+        let page = crate::sys::mapping::page_size();
+        let len = area.address.end - area.address.start;
+        let place = |byte: u64| area.address.start + byte.saturating_sub(area.offset).min(len);
+        place(bytes.start)..place(bytes.end.next_multiple_of(page))
+    }
+
     /// The chunks that `addresses`, which are within `area`, touch.
     pub(super) fn chunks(&self, area: &Area, addresses: &Range<u64>) -> ChunkRun {
-        let place =
-            |address: u64| (address - area.address.start + area.offset).min(self.region_len);
-        let start = place(addresses.start) / u64::from(self.chunk_size.bytes());
-        let end = self.chunk_size.chunks_in(place(addresses.end));
-        ChunkRun::new(start, end.saturating_sub(start))
+        let place = |address: u64| address - area.address.start + area.offset;
+        self.chunks_of(&(place(addresses.start)..place(addresses.end)))
     }
 }
 

@@ -5,6 +5,7 @@ mod area;
 pub mod conformance;
 mod digest;
 mod discards;
+mod populated;
 mod soft_dirty;
 mod union;
 mod write_protect;

@@ -1,14 +1,17 @@
 //! Writes as the page tables see them: asynchronous write protection, asked and reset by `PAGEMAP_SCAN`.
 
+use std::fs::File;
 use std::io;
 use std::mem;
+use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
 
 use super::DirtyTracker;
 use super::area::{Area, Areas, not_started};
-use crate::chunk::{ChunkBitmap, ChunkSize};
+use super::populated::Populated;
+use crate::chunk::{ChunkBitmap, ChunkRun, ChunkSize};
 use crate::sys::pagemap::Pagemap;
 use crate::sys::uffd::{Features, Mode, Uffd};
 
@@ -27,7 +30,7 @@ use crate::sys::uffd::{Features, Mode, Uffd};
 /// protection and does not call it a write. Where the copy must be equal there too, join it with
 /// [`Discards`](super::Discards).
 ///
-/// Holes are never allocated. Page tables for the areas are (2 MiB for each GiB that the process has not touched).
+/// Holes are never allocated. Without [`sparse`](Self::sparse), page tables for them are: 2 MiB for each GiB.
 #[derive(Debug)]
 pub struct WriteProtect {
     uffd: Uffd,
@@ -38,6 +41,7 @@ pub struct WriteProtect {
 #[derive(Debug)]
 struct State {
     pagemap: Pagemap,
+    populated: Populated,
     /// Taken and put back, or lost to a failed scan: for the next take. `None` while nothing is tracked.
     pending: Option<ChunkBitmap>,
 }
@@ -67,14 +71,71 @@ impl WriteProtect {
             areas: Areas::new(areas, region_len, chunk_size)?,
             state: Mutex::new(State {
                 pagemap,
+                populated: Populated::new(None, region_len),
                 pending: None,
             }),
         })
     }
 
+    /// Leaves alone what is a hole in `file`, whose first byte is the region's: no page tables for it, no time. A
+    /// hole that gets data is tracked from the take on that finds it, which names what data it has then.
+    ///
+    /// To be called before [`start`](DirtyTracker::start). Moves the cursor of the file.
+    #[must_use]
+    pub fn sparse(self, file: File) -> Self {
+        self.state().populated = Populated::new(Some(file), self.areas.region_len());
+        self
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         // A panic elsewhere leaves the set as it was: no change to it is half done.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds the chunks written since the last scan to `dirty`, and protects them again.
+    fn add_written(
+        &self,
+        pagemap: &mut Pagemap,
+        populated: &mut Populated,
+        dirty: &mut ChunkBitmap,
+    ) -> io::Result<()> {
+        self.scan(pagemap, populated.seen(), |run| dirty.insert_run(run))?;
+        let fresh = populated.discover()?;
+        if fresh.is_empty() {
+            return Ok(());
+        }
+        // A block that was all hole until now was never protected, so all of it is named; only what has data, now
+        // that it is protected, can have been written.
+        let mut news = self.areas.no_chunks();
+        self.scan(pagemap, populated.ranges(&fresh), |run| {
+            news.insert_run(run);
+        })?;
+        let mut data = self.areas.no_chunks();
+        for block in populated.ranges(&fresh) {
+            populated.data(block, |bytes| data.insert_run(self.areas.chunks_of(&bytes)))?;
+        }
+        news.intersect_with(&data);
+        dirty.union_with(&news);
+        populated.add(&fresh);
+        Ok(())
+    }
+
+    /// Names the chunks written in `ranges` of the region, through any area, and protects them again.
+    fn scan(
+        &self,
+        pagemap: &mut Pagemap,
+        ranges: impl Iterator<Item = Range<u64>>,
+        mut found: impl FnMut(ChunkRun),
+    ) -> io::Result<()> {
+        for bytes in ranges {
+            for area in self.areas.iter() {
+                let addresses = Areas::addresses(area, &bytes);
+                pagemap.scan_written_and_protect(addresses, &mut |written| {
+                    found(self.areas.chunks(area, &written));
+                })?;
+            }
+        }
+        Ok(())
     }
 
     /// Unregisters every area; the first failure is reported, after all were tried.
@@ -99,20 +160,27 @@ impl DirtyTracker for WriteProtect {
             wp: true,
             ..Mode::default()
         };
-        let armed = self.areas.iter().try_for_each(|area| {
-            self.uffd.register(area.address.clone(), wp)?;
+        let State {
+            pagemap,
+            populated,
+            pending,
+        } = &mut *state;
+        let mut arm = || {
+            for area in self.areas.iter() {
+                self.uffd.register(area.address.clone(), wp)?;
+            }
+            let fresh = populated.discover()?;
+            populated.add(&fresh);
             // Everything counts as written until it is protected for the first time: not news.
-            state
-                .pagemap
-                .scan_written_and_protect(area.address.clone(), &mut |_| {})
-        });
-        match armed {
+            self.scan(pagemap, populated.seen(), |_| {})
+        };
+        match arm() {
             Ok(()) => {
-                state.pending = Some(self.areas.no_chunks());
+                *pending = Some(self.areas.no_chunks());
                 Ok(())
             }
             Err(error) => {
-                state.pending = None;
+                *pending = None;
                 // The first error says why; what could not be released goes with the userfaultfd.
                 let _ = self.release();
                 Err(error)
@@ -122,18 +190,19 @@ impl DirtyTracker for WriteProtect {
 
     fn take(&self) -> io::Result<ChunkBitmap> {
         let mut state = self.state();
-        let State { pagemap, pending } = &mut *state;
+        let State {
+            pagemap,
+            populated,
+            pending,
+        } = &mut *state;
         let pending = pending.as_mut().ok_or_else(not_started)?;
-        for area in self.areas.iter() {
-            // What is found is put into the set that a failure leaves behind, so it is reported either way.
-            let scanned = pagemap.scan_written_and_protect(area.address.clone(), &mut |found| {
-                pending.insert_run(self.areas.chunks(area, &found));
-            });
-            if let Err(error) = scanned {
-                // The kernel may have reset pages without naming them.
+        // What is found goes to the set that a failure leaves behind, so it is reported either way.
+        if let Err(error) = self.add_written(pagemap, populated, pending) {
+            // The kernel may have reset pages without naming them.
+            for area in self.areas.iter() {
                 pending.insert_run(self.areas.chunks(area, &area.address));
-                return Err(error);
             }
+            return Err(error);
         }
         Ok(mem::replace(pending, self.areas.no_chunks()))
     }

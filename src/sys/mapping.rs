@@ -225,6 +225,14 @@ impl Mapping {
         Ok(())
     }
 
+    /// Stores `bytes` at `offset` without making sure of their pages, so that the store itself faults.
+    #[cfg(test)]
+    pub(super) fn store_unpopulated(&self, offset: u64, bytes: &[u8]) {
+        self.check(&(offset..offset + bytes.len() as u64)).unwrap();
+        // SAFETY: as in `write`, but that a full file system ends the test.
+        unsafe { copy_shared(self.at(offset), bytes.as_ptr(), bytes.len()) };
+    }
+
     /// The `xxh3_64` digest of the bytes of `range`, as they are while it is computed.
     ///
     /// Loads from the memory, so a hole in the range is **allocated**: digest what is known to be there.

@@ -5,4 +5,5 @@
 pub mod mapping;
 pub mod memfd;
 pub mod pagemap;
+pub mod sparse;
 pub mod uffd;

@@ -263,3 +263,77 @@ const SOFT_DIRTY_BIT: u32 = 55;
 
 const _: () = assert!(size_of::<raw::pm_scan_arg>() as u64 == (PAGEMAP_SCAN >> 16 & 0x3fff) as u64);
 const _: () = assert!(size_of::<raw::page_region>() == 24);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::mapping::Mapping;
+    use crate::sys::uffd::{Features, Mode, Scope, Uffd};
+
+    /// Eight pages of memory that are tracked and armed, the third of them present.
+    fn tracked() -> (Mapping, Uffd, Pagemap) {
+        let memory = Mapping::anonymous(8 * PAGE).unwrap();
+        memory.write(2 * PAGE, &[1]).unwrap();
+        let uffd = Uffd::create(Scope::UserModeOnly, Features::TRACKING).unwrap();
+        let wp = Mode {
+            wp: true,
+            ..Mode::default()
+        };
+        uffd.register(memory.addresses(), wp).unwrap();
+        let mut pagemap = Pagemap::of_this_process().unwrap();
+        pagemap
+            .scan_written_and_protect(memory.addresses(), &mut |_| {})
+            .unwrap();
+        (memory, uffd, pagemap)
+    }
+
+    fn pages(
+        memory: &Mapping,
+        scan: impl FnOnce(Range<u64>, &mut dyn FnMut(Range<u64>)) -> io::Result<()>,
+    ) -> Vec<(u64, u64)> {
+        let all = memory.addresses();
+        let mut found = Vec::new();
+        let page = |address: u64| (address - all.start) / PAGE;
+        scan(all.clone(), &mut |range| {
+            found.push((page(range.start), page(range.end)));
+        })
+        .unwrap();
+        found
+    }
+
+    #[test]
+    fn peeking_names_what_was_written_and_leaves_it_written() {
+        let (memory, _uffd, mut pagemap) = tracked();
+        memory.write(4 * PAGE, &[1]).unwrap();
+        memory.write(5 * PAGE, &[1]).unwrap();
+        let written = [(4, 6)];
+        assert_eq!(pages(&memory, |a, f| pagemap.peek_written(a, f)), written);
+        assert_eq!(pages(&memory, |a, f| pagemap.peek_written(a, f)), written);
+        let taken = pages(&memory, |a, f| pagemap.scan_written_and_protect(a, f));
+        assert_eq!(taken, written);
+        assert_eq!(pages(&memory, |a, f| pagemap.peek_written(a, f)), []);
+    }
+
+    #[test]
+    fn what_is_mapped_is_present_and_neighbours_are_one_range() {
+        let memory = Mapping::anonymous(8 * PAGE).unwrap();
+        memory.populate(2 * PAGE..5 * PAGE).unwrap();
+        let mut pagemap = Pagemap::open(std::process::id()).unwrap();
+        let present = pages(&memory, |a, f| pagemap.present(a, f));
+        assert_eq!(present, [(2, 5)]);
+    }
+
+    #[test]
+    fn memory_that_is_not_tracked_is_refused() {
+        let memory = Mapping::anonymous(PAGE).unwrap();
+        let mut pagemap = Pagemap::of_this_process().unwrap();
+        let refused = pagemap.scan_written_and_protect(memory.addresses(), &mut |_| {});
+        assert_eq!(refused.unwrap_err().kind(), io::ErrorKind::PermissionDenied);
+    }
+
+    #[test]
+    fn a_process_that_is_not_there_is_named() {
+        let refused = Pagemap::open(u32::MAX).unwrap_err();
+        assert!(refused.to_string().contains("/proc/4294967295/pagemap"));
+    }
+}

@@ -455,3 +455,6 @@ const _: () = {
     assert!(ioctl::UFFDIO_WRITEPROTECT == 0xc018_aa06);
     assert!(ioctl::UFFDIO_CONTINUE == 0xc020_aa07);
 };
+
+#[cfg(test)]
+mod tests;

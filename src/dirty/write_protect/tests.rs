@@ -15,6 +15,13 @@ struct OwnMemory {
     tracker: WriteProtect,
 }
 
+/// As the other, but holes are left alone.
+fn own_sparse_memory(len: u64, chunk_size: ChunkSize) -> OwnMemory {
+    let OwnMemory { memory, tracker } = own_memory(len, chunk_size);
+    let tracker = tracker.sparse(memory.file().try_clone().unwrap());
+    OwnMemory { memory, tracker }
+}
+
 /// Needs no privilege: a userfaultfd for user mode.
 fn own_memory(len: u64, chunk_size: ChunkSize) -> OwnMemory {
     own_memory_in(Scope::UserModeOnly, len, chunk_size)
@@ -68,6 +75,45 @@ impl Tracked for OwnMemory {
 }
 
 conformance!(own_memory);
+
+mod sparse {
+    use super::*;
+
+    conformance!(own_sparse_memory);
+
+    #[test]
+    fn a_block_that_gets_data_is_named_by_its_data_alone_and_page_by_page_from_then_on() {
+        let memory = own_sparse_memory(64 << 20, ChunkSize::PAGE);
+        memory.write(0, &[1]);
+        memory.tracker.start().unwrap();
+        let take = || {
+            let taken = memory.tracker.take().unwrap();
+            taken.runs().flat_map(|run| run.range()).collect::<Vec<_>>()
+        };
+        memory.write(5 << 20, &[1]);
+        memory.write((5 << 20) + 8192, &[1]);
+        assert_eq!(take(), [1280, 1282]);
+        memory.write((5 << 20) + 8192, &[2]);
+        memory.write((5 << 20) + 4096, &[2]);
+        assert_eq!(take(), [1281, 1282]);
+        assert_eq!(take(), []);
+    }
+
+    #[test]
+    fn holes_get_no_page_tables() {
+        let memory = own_sparse_memory(1 << 40, ChunkSize::PAGE);
+        memory.write(1 << 39, &[1]);
+        // Would take seconds, and 2 GiB of page tables, if it protected every page.
+        let start = std::time::Instant::now();
+        memory.tracker.start().unwrap();
+        memory.write((1 << 40) - 1, &[1]);
+        let taken = memory.tracker.take().unwrap();
+        assert!(taken.contains((1 << 28) - 1));
+        assert_eq!(taken.count(), 1);
+        memory.tracker.stop().unwrap();
+        assert!(start.elapsed().as_secs() < 2, "{:?}", start.elapsed());
+    }
+}
 
 #[test]
 #[ignore = "privileged: needs CAP_SYS_PTRACE (userfaultfd for kernel faults)"]
@@ -284,4 +330,31 @@ fn measure_the_scans_of_a_gib() {
             values[3], values[0], values[6]
         );
     }
+}
+
+#[test]
+#[ignore = "measurement"]
+fn measure_a_sparse_region() {
+    for make in [own_sparse_memory, own_memory] {
+        measure_64_gib_of_holes(&make(64 << 30, ChunkSize::PAGE));
+    }
+}
+
+fn measure_64_gib_of_holes(memory: &OwnMemory) {
+    let tables = || {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let line = status
+            .lines()
+            .find(|line| line.starts_with("VmPTE"))
+            .unwrap();
+        line.to_owned()
+    };
+    let before = tables();
+    let start = std::time::Instant::now();
+    memory.tracker.start().unwrap();
+    let started = start.elapsed();
+    memory.tracker.take().unwrap();
+    let taken = start.elapsed() - started;
+    let after = tables();
+    println!("64 GiB of holes: start {started:?}, take {taken:?}; {before}, then {after}");
 }
