@@ -3,3 +3,4 @@
 
 mod qemu;
 mod qemu_driver;
+mod qemu_refusals;

@@ -160,6 +160,13 @@ impl Vm {
         }
     }
 
+    /// A QEMU and a connection to it.
+    pub(crate) fn start_and_connect(options: &Options<'_>) -> (Self, Qmp) {
+        let mut vm = Self::start(options);
+        let qmp = vm.qmp();
+        (vm, qmp)
+    }
+
     /// Connects and inspects.
     pub(crate) fn inspected(&mut self) -> (Qmp, Machine) {
         let mut qmp = self.qmp();
@@ -196,8 +203,14 @@ impl Vm {
 
 impl Drop for Vm {
     fn drop(&mut self) {
+        let ended = self.child.try_wait();
         let _ = self.child.kill();
         let _ = self.child.wait();
+        if std::thread::panicking() {
+            // A QEMU that ended by itself is what a failed test wants to know of first.
+            let log = std::fs::read_to_string(self.folder.path().join("log"));
+            eprintln!("QEMU had ended: {ended:?}; its log: {log:?}");
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::backend::BackendError;
-use super::qmp::QmpError;
+use super::qmp_error::QmpError;
 use super::stream::StreamError;
 use crate::subject::SubjectError;
 
@@ -40,6 +40,11 @@ pub enum QemuError {
         /// QEMU's words, if it has any.
         reason: Option<String>,
     },
+    /// QEMU's process cannot be told from its socket.
+    #[error(
+        "cannot tell QEMU's process id from its QMP socket, as it is in another PID namespace: name it"
+    )]
+    UnknownProcess,
     /// QEMU did not get there by the deadline.
     #[error(
         "QEMU did not finish {during} within {waited:?}; its last migration status was {status:?}"
@@ -209,8 +214,8 @@ pub enum Refusal {
     },
     /// Somebody else migrates it.
     #[error(
-        "a migration is under way already (status {status:?}): wait for it, or end it with migrate_cancel; after a \
-         memferry that died, that is what lets the guest run on"
+        "a migration is under way already (status {status:?}): wait for it, or end it with `migrate_cancel` \
+         and `cont`, which lets the guest run on after a memferry that died"
     )]
     MigrationActive {
         /// QEMU's migration status.

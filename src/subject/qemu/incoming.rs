@@ -12,7 +12,8 @@ use serde_json::{Value, json};
 
 use super::error::{QemuError, Refusal, Refusals};
 use super::machine::{KIND, Machine, QEMU_VERSION, RUN_STATE, RunState, preallocated};
-use super::qmp::{Qmp, QmpError};
+use super::qmp::Qmp;
+use super::qmp_error::QmpError;
 use super::settings::Settings;
 use super::status;
 use super::stream::{Spooled, StreamError};
@@ -122,7 +123,7 @@ impl IncomingQemu {
         )?;
         self.settings = Some(settings);
         // While it waits for a guest, this means that it does not run it by itself, as though started with -S.
-        self.qmp.execute("stop", Value::Null, deadline)?;
+        self.qmp.execute("stop", &Value::Null, deadline)?;
         Ok(())
     }
 
@@ -148,7 +149,7 @@ impl IncomingQemu {
         let uri = json!({"uri": "fd:memferry-state"});
         let loaded = self
             .qmp
-            .execute("migrate-incoming", uri, deadline)
+            .execute("migrate-incoming", &uri, deadline)
             .map_err(QemuError::from)
             .and_then(|_| self.feed(&state, &ours, deadline));
         self.timings.load = began.elapsed();
@@ -210,7 +211,7 @@ impl IncomingQemu {
         self.qmp.reconnect_if_broken(deadline)?;
         let began = Instant::now();
         if self.to_run.load(Ordering::Relaxed) {
-            self.qmp.execute("cont", Value::Null, deadline)?;
+            self.qmp.execute("cont", &Value::Null, deadline)?;
             while RunState::query(&mut self.qmp, deadline)? != RunState::Running {
                 self.qmp.wait_event(
                     "letting the guest run",

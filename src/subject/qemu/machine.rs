@@ -41,7 +41,7 @@ pub enum RunState {
 impl RunState {
     /// Asks QEMU.
     pub(super) fn query(qmp: &mut Qmp, deadline: Instant) -> Result<Self, QemuError> {
-        let answer = qmp.execute("query-status", Value::Null, deadline)?;
+        let answer = qmp.execute("query-status", &Value::Null, deadline)?;
         let state = text(&answer["status"], "query-status", "status")?;
         Ok(match state.as_str() {
             "running" => Self::Running,
@@ -98,6 +98,7 @@ impl Machine {
     /// # Errors
     /// [`QemuError::Refused`] with all reasons why such a guest cannot be moved, whichever end it is.
     pub fn inspect(qmp: &mut Qmp, deadline: Instant) -> Result<Self, QemuError> {
+        let pid = qmp.peer_pid().ok_or(QemuError::UnknownProcess)?;
         let mut reasons = Vec::new();
         let backends = backends(qmp, &mut reasons, deadline)?;
         let devices = devices(qmp, &mut reasons, deadline)?;
@@ -105,13 +106,13 @@ impl Machine {
         migration(qmp, &mut reasons, deadline)?;
         Refusals::check(reasons)?;
 
-        let kvm = qmp.execute("query-kvm", Value::Null, deadline)?;
-        let uuid = qmp.execute("query-uuid", Value::Null, deadline)?;
+        let kvm = qmp.execute("query-kvm", &Value::Null, deadline)?;
+        let uuid = qmp.execute("query-uuid", &Value::Null, deadline)?;
         let machine = qom_get(qmp, "/machine", "type", deadline)?;
         let machine = text(&machine, "qom-get", "the machine type")?;
         let (cpu, vcpus) = processors(qmp, deadline)?;
         Ok(Self {
-            pid: qmp.peer_pid(),
+            pid,
             version: qmp.version().clone(),
             machine_type: machine.trim_end_matches("-machine").to_owned(),
             accel: match kvm["enabled"].as_bool() {
@@ -190,7 +191,7 @@ fn backends(
             });
         }
         let len = qom_get(qmp, &path, "size", deadline)?.as_u64();
-        let len = len.ok_or(lacks("qom-get", "the size of a memory backend"))?;
+        let len = len.ok_or_else(|| lacks("qom-get", "the size of a memory backend"))?;
         let mem_path = qom_get(qmp, &path, "mem-path", deadline)?;
         covered = covered.saturating_add(len);
         found.insert(
@@ -203,7 +204,7 @@ fn backends(
             },
         );
     }
-    let summary = qmp.execute("query-memory-size-summary", Value::Null, deadline)?;
+    let summary = qmp.execute("query-memory-size-summary", &Value::Null, deadline)?;
     let total = ["base-memory", "plugged-memory"]
         .iter()
         .filter_map(|name| summary[name].as_u64())
@@ -223,10 +224,7 @@ fn devices(
     let mut types = Vec::new();
     for parent in ["/machine/peripheral", "/machine/peripheral-anon"] {
         for (device, kind) in children(qmp, parent, deadline)? {
-            if ["vhost-user-", "vhost-vdpa-", "vfio-", "ivshmem-"]
-                .iter()
-                .any(|prefix| kind.starts_with(prefix))
-            {
+            if writes_from_outside(&kind) {
                 reasons.push(Refusal::ForeignWriter {
                     device,
                     kind: kind.clone(),
@@ -244,10 +242,23 @@ fn devices(
     Ok(types)
 }
 
+/// Whether something outside QEMU's address space writes guest RAM on behalf of such a device.
+fn writes_from_outside(kind: &str) -> bool {
+    [
+        "vhost-user-",
+        "vhost-vdpa-",
+        "vfio-",
+        "ivshmem-",
+        "x-pci-proxy-dev",
+    ]
+    .iter()
+    .any(|prefix| kind.starts_with(prefix))
+}
+
 /// Network back ends are no QOM objects; only the human monitor lists them.
 fn network(qmp: &mut Qmp, reasons: &mut Vec<Refusal>, deadline: Instant) -> Result<(), QemuError> {
     let arguments = json!({"command-line": "info network"});
-    let answer = qmp.execute("human-monitor-command", arguments, deadline)?;
+    let answer = qmp.execute("human-monitor-command", &arguments, deadline)?;
     for line in answer.as_str().unwrap_or_default().lines() {
         if let Some((device, kind)) = foreign_network(line) {
             reasons.push(Refusal::ForeignWriter { device, kind });
@@ -290,11 +301,11 @@ fn migration(
 }
 
 fn processors(qmp: &mut Qmp, deadline: Instant) -> Result<(String, usize), QemuError> {
-    let answer = qmp.execute("query-cpus-fast", Value::Null, deadline)?;
+    let answer = qmp.execute("query-cpus-fast", &Value::Null, deadline)?;
     let list = answer
         .as_array()
         .filter(|list| !list.is_empty())
-        .ok_or(lacks("query-cpus-fast", "a processor"))?;
+        .ok_or_else(|| lacks("query-cpus-fast", "a processor"))?;
     let path = text(&list[0]["qom-path"], "query-cpus-fast", "qom-path")?;
     let kind = qom_get(qmp, &path, "type", deadline)?;
     Ok((
@@ -309,8 +320,10 @@ fn children(
     path: &str,
     deadline: Instant,
 ) -> Result<Vec<(String, String)>, QemuError> {
-    let answer = qmp.execute("qom-list", json!({"path": path}), deadline)?;
-    let entries = answer.as_array().ok_or(lacks("qom-list", "a list"))?;
+    let answer = qmp.execute("qom-list", &json!({"path": path}), deadline)?;
+    let entries = answer
+        .as_array()
+        .ok_or_else(|| lacks("qom-list", "a list"))?;
     Ok(entries
         .iter()
         .filter_map(|entry| {
@@ -328,7 +341,7 @@ fn qom_get(
     deadline: Instant,
 ) -> Result<Value, QemuError> {
     let arguments = json!({"path": path, "property": property});
-    Ok(qmp.execute("qom-get", arguments, deadline)?)
+    Ok(qmp.execute("qom-get", &arguments, deadline)?)
 }
 
 /// The backends that have every page from the start.
@@ -373,6 +386,16 @@ mod tests {
             foreign_network(" \\ n0: index=0,type=vhost-user,chardev=c0"),
             Some(("n0".into(), "vhost-user".into()))
         );
+    }
+
+    #[test]
+    fn a_device_that_another_process_or_the_hardware_serves_is_seen() {
+        for kind in ["vfio-pci", "vhost-user-blk-pci", "vhost-vdpa-device-pci"] {
+            assert!(writes_from_outside(kind), "{kind}");
+        }
+        for kind in ["virtio-blk-pci", "vhost-vsock-pci", "VGA"] {
+            assert!(!writes_from_outside(kind), "{kind}");
+        }
     }
 
     #[test]

@@ -8,7 +8,8 @@ use serde_json::{Value, json};
 
 use super::error::{QemuError, Refusal, Refusals};
 use super::machine::{Machine, RunState};
-use super::qmp::{Qmp, QmpError};
+use super::qmp::Qmp;
+use super::qmp_error::QmpError;
 use super::settings::Settings;
 use super::status;
 use super::stream::Capture;
@@ -66,6 +67,8 @@ enum Phase {
     Migrating,
     /// QEMU has stopped the guest and waits.
     Suspended,
+    /// QEMU was told to send the device state. By itself it completes, or fails and lets the guest run.
+    Saving,
     /// QEMU is done with it.
     Saved,
     /// The guest belongs to somebody else.
@@ -172,7 +175,8 @@ impl OutgoingQemu {
 
         let began = Instant::now();
         let uri = format!("fd:{name}");
-        self.qmp.execute("migrate", json!({"uri": uri}), deadline)?;
+        self.qmp
+            .execute("migrate", &json!({"uri": uri}), deadline)?;
         let mut limit = FIRST_DOWNTIME_LIMIT_MS;
         status::wait(
             &mut self.qmp,
@@ -182,7 +186,7 @@ impl OutgoingQemu {
                 if limit < LAST_DOWNTIME_LIMIT_MS {
                     limit *= 2;
                     let limit = json!({"downtime-limit": limit});
-                    qmp.execute("migrate-set-parameters", limit, deadline)?;
+                    qmp.execute("migrate-set-parameters", &limit, deadline)?;
                 }
                 Ok(())
             },
@@ -224,10 +228,9 @@ impl OutgoingQemu {
         }
         let capture = self.capture.as_ref().expect("a migration has a capture");
         let began = Instant::now();
-        // From here on QEMU may complete, or fail and let the guest run, by itself.
-        self.phase = Phase::Migrating;
+        self.phase = Phase::Saving;
         let state = json!({"state": "pre-switchover"});
-        self.qmp.execute("migrate-continue", state, deadline)?;
+        self.qmp.execute("migrate-continue", &state, deadline)?;
         self.timings.state_len = capture.copy_to(sink, deadline)?;
         status::wait(
             &mut self.qmp,
@@ -260,7 +263,7 @@ impl OutgoingQemu {
         self.qmp.reconnect_if_broken(deadline)?;
         if matches!(
             self.phase,
-            Phase::Migrating | Phase::Suspended | Phase::Saved
+            Phase::Migrating | Phase::Suspended | Phase::Saving | Phase::Saved
         ) {
             self.end_migration(deadline)?;
             if self.before == RunState::Running {
@@ -287,42 +290,50 @@ impl OutgoingQemu {
         if !status::is_under_way(status) {
             return Ok(());
         }
-        self.qmp.execute("migrate_cancel", Value::Null, deadline)?;
-        self.qmp.drain_events();
-        let answer = status::query(&mut self.qmp, deadline)?;
-        let status = answer["status"].as_str().unwrap_or("none");
-        if !status::is_under_way(status) {
-            return Ok(());
+        if self.phase == Phase::Saving {
+            // QEMU gives its disks away in this step, and 7.2 does not take them back when it is cancelled meanwhile: the
+            // guest runs then, and QEMU aborts at its next write. The step takes milliseconds, since what it sends is
+            // always received. So it is left to end, and cancelled only if it does not.
+            let half = deadline.saturating_duration_since(Instant::now()) / 2;
+            match self.await_end("ending its last step", Instant::now() + half) {
+                Err(QemuError::Late { .. }) => {}
+                ended => return ended,
+            }
         }
-        status::wait(
-            &mut self.qmp,
-            "cancelling its migration",
-            |status| !status::is_under_way(status),
-            |_| Ok(()),
-            deadline,
-        )?;
+        self.qmp.execute("migrate_cancel", &Value::Null, deadline)?;
+        self.await_end("cancelling its migration", deadline)
+    }
+
+    /// Waits until no migration is under way. An end that was told by an event before is seen by asking.
+    fn await_end(&mut self, during: &'static str, deadline: Instant) -> Result<(), QemuError> {
+        let ended = |status: &str| !status::is_under_way(status);
+        status::wait(&mut self.qmp, during, ended, |_| Ok(()), deadline)?;
         Ok(())
     }
 
-    /// Waits until the guest runs, which QEMU sees to itself after some ends of a migration and not after others.
+    /// Lets the guest run. QEMU sees to that itself after some ends of a migration and not after others; it is told to in any
+    /// case, because `cont` also takes back the disks that a migration gave away.
     fn run(&mut self, deadline: Instant) -> Result<(), QemuError> {
+        let mut told = false;
         loop {
-            match RunState::query(&mut self.qmp, deadline)? {
-                RunState::Running => return Ok(()),
-                RunState::Paused | RunState::PostMigrate => {
-                    match self.qmp.execute("cont", Value::Null, deadline) {
-                        Ok(_) => {}
+            let state = RunState::query(&mut self.qmp, deadline)?;
+            match state {
+                RunState::Running if told => return Ok(()),
+                RunState::Running | RunState::Paused | RunState::PostMigrate => {
+                    match self.qmp.execute("cont", &Value::Null, deadline) {
+                        Ok(_) => told = true,
+                        // The end of the migration is told before it is quite over.
                         Err(QmpError::Refused { desc, .. }) if desc.contains("not finalized") => {}
                         Err(error) => return Err(error.into()),
                     }
                 }
                 RunState::FinishMigrate => {
-                    let soon = deadline.min(Instant::now() + Duration::from_millis(10));
+                    let soon = deadline.min(Instant::now() + Duration::from_millis(1));
                     self.qmp.next_event(soon)?;
                 }
-                other => {
+                RunState::InMigrate | RunState::Other(_) => {
                     return Err(QemuError::RunState {
-                        state: other.to_string(),
+                        state: state.to_string(),
                         during: "it should run again",
                         remedy: "look at QEMU's log, and let it run with `cont` on its QMP socket",
                     });
@@ -330,9 +341,9 @@ impl OutgoingQemu {
             }
             if Instant::now() >= deadline {
                 return Err(QemuError::RunState {
-                    state: "not running yet".to_owned(),
+                    state: state.to_string(),
                     during: "it should run again",
-                    remedy: "let it run with `cont` on its QMP socket",
+                    remedy: "it did not by the deadline; let it run with `cont` on its QMP socket",
                 });
             }
         }

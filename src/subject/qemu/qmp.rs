@@ -10,14 +10,16 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rustix::net::sockopt::{Timeout, set_socket_timeout, socket_peercred};
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
     SocketFlags, SocketType,
 };
 use serde_json::{Value, json};
 
-use super::qmp_codec::{CodecError, Decoder, Event, Message, Version, encode};
+use super::qmp_codec::{Decoder, Event, Message, Version, encode};
+use super::qmp_error::{QmpError, is_timeout};
 
 /// Events beyond this many are dropped, oldest first: nobody waits for one that old.
 const MAX_EVENTS: usize = 4096;
@@ -29,7 +31,7 @@ pub struct Qmp {
     path: PathBuf,
     decoder: Decoder,
     version: Version,
-    peer_pid: u32,
+    peer_pid: Option<u32>,
     next_id: u64,
     events: VecDeque<Event>,
     /// A command was cut short or nonsense came: the stream has lost its step and only a new connection helps.
@@ -55,7 +57,7 @@ impl Qmp {
     /// Takes over a stream on which nothing was said yet; `path` is for messages and reconnection.
     fn negotiate(stream: UnixStream, path: &Path, deadline: Instant) -> Result<Self, QmpError> {
         let began = Instant::now();
-        let peer = socket_peercred(&stream).map_err(|source| QmpError::Io {
+        let peer = getsockopt(&stream, PeerCredentials).map_err(|source| QmpError::Io {
             during: "asking for the peer's process id".into(),
             source: source.into(),
         })?;
@@ -69,7 +71,8 @@ impl Qmp {
                 micro: 0,
                 package: String::new(),
             },
-            peer_pid: peer.pid.as_raw_nonzero().get().unsigned_abs(),
+            // The kernel says 0 for a process that is not in our PID namespace.
+            peer_pid: u32::try_from(peer.pid()).ok().filter(|&pid| pid != 0),
             next_id: 1,
             events: VecDeque::new(),
             broken: false,
@@ -91,7 +94,7 @@ impl Qmp {
                 Err(error) => return Err(error),
             }
         }
-        qmp.execute("qmp_capabilities", Value::Null, deadline)?;
+        qmp.execute("qmp_capabilities", &Value::Null, deadline)?;
         Ok(qmp)
     }
 
@@ -105,8 +108,9 @@ impl Qmp {
         }
         // QEMU serves one client: it has to see the end of the old connection first.
         let _ = self.stream.shutdown(std::net::Shutdown::Both);
-        let path = self.path.clone();
-        *self = Self::connect(path, deadline)?;
+        let fresh = Self::connect(&self.path, deadline)?;
+        let peer_pid = self.peer_pid;
+        *self = Self { peer_pid, ..fresh };
         Ok(())
     }
 
@@ -116,10 +120,18 @@ impl Qmp {
         &self.version
     }
 
-    /// The process that opened the listening socket: QEMU, unless a manager such as libvirt opened it for QEMU.
+    /// The process that opened the listening socket: QEMU, unless a manager such as libvirt opened it for QEMU. `None` if
+    /// that process is in a PID namespace that this one does not see.
     #[must_use]
-    pub fn peer_pid(&self) -> u32 {
+    pub fn peer_pid(&self) -> Option<u32> {
         self.peer_pid
+    }
+
+    /// Says which process QEMU really is, where [`peer_pid`](Self::peer_pid) does not tell.
+    #[must_use]
+    pub fn with_peer_pid(mut self, pid: u32) -> Self {
+        self.peer_pid = Some(pid);
+        self
     }
 
     /// Where this is connected to.
@@ -137,10 +149,10 @@ impl Qmp {
     pub fn execute(
         &mut self,
         command: &str,
-        arguments: Value,
+        arguments: &Value,
         deadline: Instant,
     ) -> Result<Value, QmpError> {
-        self.converse(command, &arguments, None, deadline)
+        self.converse(command, arguments, None, deadline)
     }
 
     /// Gives QEMU a copy of `fd` under `name`, to be used as `fd:NAME`.
@@ -328,96 +340,6 @@ impl Qmp {
     }
 }
 
-/// Why a conversation with QEMU failed.
-#[derive(Debug, thiserror::Error)]
-pub enum QmpError {
-    /// There is no way to the socket.
-    #[error(
-        "cannot connect to the QMP socket {}: check the path, and that QEMU runs with -qmp unix:PATH,server=on,wait=off",
-        path.display()
-    )]
-    Connect {
-        /// The socket.
-        path: PathBuf,
-        /// What the kernel says.
-        source: io::Error,
-    },
-    /// The socket takes the connection, and nobody speaks.
-    #[error(
-        "the QMP socket {} accepted the connection but did not greet within {waited:?}: QEMU serves one client at a \
-         time, so another one is probably connected; end it, or give QEMU a second -qmp socket",
-        path.display()
-    )]
-    NoGreeting {
-        /// The socket.
-        path: PathBuf,
-        /// How long the greeting was waited for.
-        waited: Duration,
-    },
-    /// No answer by the deadline.
-    #[error("no answer from QEMU within {waited:?} ({during}): is it stopped or overloaded?")]
-    Timeout {
-        /// The command, or what was waited for.
-        during: String,
-        /// How long.
-        waited: Duration,
-    },
-    /// The peer is gone.
-    #[error("QEMU closed its QMP connection ({during}): it has exited or was killed")]
-    Closed {
-        /// The command, or what was waited for.
-        during: String,
-    },
-    /// The connection failed.
-    #[error("the QMP connection failed ({during})")]
-    Io {
-        /// The command, or what was waited for.
-        during: String,
-        /// What the kernel says.
-        source: io::Error,
-    },
-    /// What came is not QMP.
-    #[error(
-        "the peer does not speak QMP ({during}): is this the socket of -qmp, and not of -monitor or -serial?"
-    )]
-    Malformed {
-        /// The command, or what was waited for.
-        during: String,
-        /// What is wrong with it.
-        source: CodecError,
-    },
-    /// QEMU answered with an error.
-    #[error("QEMU refused {command}: {desc}")]
-    Refused {
-        /// The command.
-        command: String,
-        /// QEMU's error class, for example `GenericError` or `CommandNotFound`.
-        class: String,
-        /// QEMU's words.
-        desc: String,
-    },
-}
-
-impl QmpError {
-    /// Whether the peer is gone, so that nothing more can be asked of it here.
-    #[must_use]
-    pub fn is_closed(&self) -> bool {
-        matches!(self, Self::Closed { .. })
-    }
-
-    fn from_io(during: &str, began: Instant, source: io::Error) -> Self {
-        let during = during.to_owned();
-        if is_timeout(&source) {
-            let waited = began.elapsed();
-            return Self::Timeout { during, waited };
-        }
-        match source.kind() {
-            ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => Self::Closed { during },
-            _ => Self::Io { during, source },
-        }
-    }
-}
-
 /// The time until `deadline`, never zero, since a zero time-out means none to a socket.
 pub(super) fn remaining(deadline: Instant) -> io::Result<Duration> {
     let left = deadline.saturating_duration_since(Instant::now());
@@ -425,11 +347,6 @@ pub(super) fn remaining(deadline: Instant) -> io::Result<Duration> {
         return Err(ErrorKind::TimedOut.into());
     }
     Ok(left.max(Duration::from_micros(1)))
-}
-
-/// Whether the deadline passed; a socket with a time-out says "would block".
-pub(super) fn is_timeout(error: &io::Error) -> bool {
-    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut)
 }
 
 fn dial(path: &Path, deadline: Instant) -> io::Result<UnixStream> {
@@ -465,4 +382,98 @@ fn send_once(
         SendFlags::NOSIGNAL,
     )?;
     Ok(sent)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader, Write};
+
+    use super::super::qmp_codec::CodecError;
+    use super::*;
+
+    const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": []}}"#;
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(5)
+    }
+
+    fn shortly() -> Instant {
+        Instant::now() + Duration::from_millis(20)
+    }
+
+    /// Connects to a peer that says `greeting` and then, for every line that it reads, the next of `lines`.
+    fn connect(
+        greeting: &'static str,
+        lines: &'static [&'static str],
+        deadline: Instant,
+    ) -> Result<Qmp, QmpError> {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        std::thread::spawn(move || {
+            let mut commands = BufReader::new(theirs.try_clone().unwrap()).lines();
+            theirs.write_all(greeting.as_bytes()).unwrap();
+            theirs.write_all(b"\r\n").unwrap();
+            for line in lines {
+                if commands.next().is_none() {
+                    return;
+                }
+                theirs.write_all(line.as_bytes()).unwrap();
+                theirs.write_all(b"\r\n").unwrap();
+            }
+        });
+        Qmp::negotiate(ours, Path::new("/test"), deadline)
+    }
+
+    #[test]
+    fn silence_is_explained_by_another_client() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let error = Qmp::negotiate(ours, Path::new("/test"), shortly()).unwrap_err();
+        assert!(matches!(error, QmpError::NoGreeting { .. }));
+        assert!(
+            error
+                .to_string()
+                .contains("another one is probably connected")
+        );
+    }
+
+    #[test]
+    fn a_peer_of_another_protocol_is_told() {
+        let error = connect("SSH-2.0-OpenSSH_9.2", &[], soon()).unwrap_err();
+        let QmpError::Malformed { source, .. } = error else {
+            panic!("{error}");
+        };
+        assert!(matches!(source, CodecError::NotJson { .. }));
+    }
+
+    #[test]
+    fn a_peer_that_leaves_is_told() {
+        let mut qmp = connect(GREETING, &[r#"{"return": {}, "id": 1}"#], soon()).unwrap();
+        let error = qmp.execute("stop", &Value::Null, soon()).unwrap_err();
+        assert!(error.is_closed(), "{error}");
+    }
+
+    #[test]
+    fn a_reply_that_comes_late_is_not_taken_for_the_next_one() {
+        // The peer answers `slow` only when it reads `quick`.
+        let lines = &[
+            r#"{"return": {}, "id": 1}"#,
+            "",
+            "{\"return\": \"slow\", \"id\": 2}\r\n{\"return\": \"quick\", \"id\": 3}",
+        ];
+        let mut qmp = connect(GREETING, lines, soon()).unwrap();
+        let error = qmp.execute("slow", &Value::Null, shortly()).unwrap_err();
+        assert!(matches!(error, QmpError::Timeout { .. }), "{error}");
+        assert_eq!(qmp.execute("quick", &Value::Null, soon()).unwrap(), "quick");
+    }
+
+    #[test]
+    fn an_event_that_came_during_a_command_is_waited_for_afterwards() {
+        let lines = &[
+            r#"{"return": {}, "id": 1}"#,
+            "{\"event\": \"STOP\", \"timestamp\": {}}\r\n{\"return\": {}, \"id\": 2}",
+        ];
+        let mut qmp = connect(GREETING, lines, soon()).unwrap();
+        qmp.execute("stop", &Value::Null, soon()).unwrap();
+        let event = qmp.wait_event("the stop", |event| event.name == "STOP", soon());
+        assert_eq!(event.unwrap().name, "STOP");
+    }
 }

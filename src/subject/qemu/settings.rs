@@ -29,7 +29,7 @@ impl Settings {
         deadline: Instant,
     ) -> Result<Self, QemuError> {
         let mut before = Self::default();
-        let known = qmp.execute("query-migrate-capabilities", Value::Null, deadline)?;
+        let known = qmp.execute("query-migrate-capabilities", &Value::Null, deadline)?;
         let known: Vec<(&str, bool)> = known
             .as_array()
             .into_iter()
@@ -55,11 +55,12 @@ impl Settings {
                 before.capabilities.push(old);
             }
         }
-        let now = qmp.execute("query-migrate-parameters", Value::Null, deadline)?;
+        let now = qmp.execute("query-migrate-parameters", &Value::Null, deadline)?;
         let mut changed = Map::new();
         for (name, value) in parameters {
             let old = &now[*name];
-            if !old.is_null() && old != value {
+            // One that has this value already may get another one while the migration runs.
+            if !old.is_null() {
                 changed.insert((*name).to_owned(), value.clone());
                 before.parameters.insert((*name).to_owned(), old.clone());
             }
@@ -87,10 +88,10 @@ fn send(
 ) -> Result<(), QemuError> {
     if !capabilities.is_empty() {
         let arguments = json!({"capabilities": capabilities});
-        qmp.execute("migrate-set-capabilities", arguments, deadline)?;
+        qmp.execute("migrate-set-capabilities", &arguments, deadline)?;
     }
     if !parameters.is_empty() {
-        qmp.execute("migrate-set-parameters", json!(parameters), deadline)?;
+        qmp.execute("migrate-set-parameters", &json!(parameters), deadline)?;
     }
     Ok(())
 }

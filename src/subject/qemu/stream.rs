@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 use rustix::fs::MemfdFlags;
 use rustix::net::SendFlags;
 
-use super::qmp::{is_timeout, remaining};
+use super::qmp::remaining;
+use super::qmp_error::is_timeout;
 
 /// A device state is 0.3 MB, 20 MB with a graphics card. More than this is RAM that was not meant to come.
 const MAX_STATE: u64 = 1 << 30;
