@@ -20,6 +20,18 @@ pub enum Mode {
     Postcopy,
 }
 
+/// What to ask of QEMU.
+#[derive(Debug, Clone, Copy)]
+pub struct Wish {
+    /// How it is to be done.
+    pub mode: Mode,
+    /// How long the guest may stand still by QEMU's own estimate, at which pre-copy ends; QEMU's default is 300 ms.
+    /// It means nothing to post-copy, which ends its pre-copy after one pass.
+    pub downtime: Duration,
+    /// Give up after this.
+    pub limit: Duration,
+}
+
 /// What a migration by QEMU took.
 #[derive(Debug, Clone, serde::Serialize)]
 pub struct NativeReport {
@@ -70,17 +82,25 @@ const ARRIVAL_LIMIT: Duration = Duration::from_secs(30);
 /// # Errors
 /// If QEMU refuses, fails or does not converge within `limit` (the migration is then cancelled and the guest runs
 /// on at the source), or the guest's ticks do not continue.
-pub fn migrate(
-    source: &Guest,
-    destination: &Guest,
-    mode: Mode,
-    limit: Duration,
-) -> Result<NativeReport> {
+pub fn migrate(source: &Guest, destination: &Guest, wish: Wish) -> Result<NativeReport> {
+    let Wish {
+        mode,
+        downtime,
+        limit,
+    } = wish;
     for guest in [source, destination] {
         let mut monitor = guest.monitor();
         let capabilities = json!({ "capabilities": mode.capabilities() });
         monitor.execute("migrate-set-capabilities", capabilities)?;
-        let mut parameters = json!({ "max-bandwidth": BANDWIDTH });
+        // Post-copy is there for guests that pre-copy does not finish with, and must not be finished by it: QEMU's
+        // first estimate of the bandwidth is often three times what it gets.
+        let downtime = if mode == Mode::Postcopy {
+            Duration::from_millis(1)
+        } else {
+            downtime
+        };
+        let downtime = u64::try_from(downtime.as_millis()).unwrap_or(u64::MAX);
+        let mut parameters = json!({ "max-bandwidth": BANDWIDTH, "downtime-limit": downtime });
         if mode == Mode::Multifd {
             parameters["multifd-channels"] = json!(CHANNELS);
         }

@@ -15,7 +15,7 @@ use crate::accel::Accel;
 use crate::command;
 use crate::image::Image;
 use crate::qmp::Qmp;
-use crate::serial::{Content, Log, Ready, Report, Tick};
+use crate::serial::{Content, Log, Ready, Report, Status, Tick};
 
 /// A guest to start; both ends of a migration are given the same one.
 #[derive(Debug, Clone)]
@@ -113,6 +113,8 @@ pub struct Guest {
     directory: TempDir,
 }
 
+/// A kernel's panic takes 40 lines, and its reason is among the first.
+const LAST_LINES: usize = 50;
 /// How long QEMU itself may take to start, before the guest does anything.
 const START_LIMIT: Duration = Duration::from_secs(30);
 
@@ -226,6 +228,27 @@ impl Guest {
         Ok(Duration::from_millis(ticks * 1000 / per_second.max(1)))
     }
 
+    /// Waits until the guest has verified all of its memory once more, from the beginning, and found it right.
+    ///
+    /// # Errors
+    /// If a page is wrong, or it takes longer than `deadline`.
+    pub fn await_clean_pass(&self, deadline: Instant) -> Result<Status> {
+        let statuses = |reports: &[Report]| -> Vec<Status> {
+            reports.iter().filter_map(Report::status).cloned().collect()
+        };
+        let now = self.reports.all().len();
+        let status = self.reports.wait(deadline, |reports| {
+            let statuses = statuses(&reports[now..]);
+            let (first, last) = (statuses.first()?, statuses.last()?);
+            // The pass under way began too early; the one after it is whole.
+            (last.errors > 0 || last.passes >= first.passes + 2).then(|| last.clone())
+        })?;
+        if status.errors > 0 {
+            bail!("the guest found {} wrong pages", status.errors);
+        }
+        Ok(status)
+    }
+
     /// Adds to an error what QEMU and the guest said last.
     #[must_use]
     pub fn explain(&self, reason: anyhow::Error, what: &str) -> anyhow::Error {
@@ -240,7 +263,7 @@ impl Guest {
                 Content::Ready(_) | Content::Status(_) => None,
             })
             .collect();
-        let tail = said[said.len().saturating_sub(10)..].join("\n");
+        let tail = said[said.len().saturating_sub(LAST_LINES)..].join("\n");
         let complaints =
             std::fs::read_to_string(self.directory.path().join("stderr")).unwrap_or_default();
         reason.context(format!(

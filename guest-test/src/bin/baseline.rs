@@ -1,14 +1,22 @@
 //! Measures QEMU's own migration on this machine, with the guest and the clock that Memferry is measured with.
+//!
+//! QEMU's dirty log can lose a page of a guest that it emulates (a write that is under way while the page is taken
+//! from the log); with Debian 12's 7.2 about one run in six ends so. Such a guest panics or finds wrong pages, and
+//! the run is listed as failed.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Parser;
 use guest_test::accel::accel;
 use guest_test::image::Image;
-use guest_test::native::{self, Mode, NativeReport};
+use guest_test::native::{self, Mode, NativeReport, Wish};
 use guest_test::packages;
 use guest_test::qemu::{Backing, Guest, GuestConfig, Rate, Writer};
+use guest_test::serial::Report;
+
+/// Two passes over a few GiB at the rate at which the guest verifies.
+const REPORT_LIMIT: Duration = Duration::from_secs(120);
 
 /// Measures QEMU's own migration of a busy guest: pre-copy, multifd and post-copy.
 #[derive(Debug, Parser)]
@@ -28,6 +36,9 @@ struct Arguments {
     /// How often each is measured.
     #[arg(long, default_value_t = 3)]
     runs: usize,
+    /// QEMU's downtime limit in milliseconds.
+    #[arg(long, default_value_t = 300)]
+    downtime: u64,
     /// Give up on a migration that takes longer, in seconds.
     #[arg(long, default_value_t = 60)]
     limit: u64,
@@ -65,7 +76,7 @@ fn main() -> Result<()> {
                 fill: arguments.fill << 20,
                 set: arguments.set << 20,
                 rate: Rate::Limit(rate * 1_000_000),
-                check: Rate::Limit(100 << 20),
+                check: Rate::Limit(400 << 20),
             },
             backing: if arguments.shared {
                 Backing::SharedFile
@@ -76,9 +87,14 @@ fn main() -> Result<()> {
         };
         for mode in Mode::ALL {
             for _ in 0..arguments.runs {
-                match measure(&config, mode, Duration::from_secs(arguments.limit)) {
+                let wish = Wish {
+                    mode,
+                    downtime: Duration::from_millis(arguments.downtime),
+                    limit: Duration::from_secs(arguments.limit),
+                };
+                match measure(&config, wish) {
                     Ok(report) => show(&report, rate),
-                    Err(reason) => println!("{:<9} {rate:>5} {reason:#}", format!("{mode:?}")),
+                    Err(reason) => failed(&reason, mode, rate),
                 }
             }
         }
@@ -86,38 +102,34 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-fn measure(config: &GuestConfig, mode: Mode, limit: Duration) -> Result<NativeReport> {
+fn measure(config: &GuestConfig, wish: Wish) -> Result<NativeReport> {
     let source = Guest::boot(config)?;
     let destination = Guest::incoming(config, false)?;
-    // A second of ticks and more, to know what is ordinary; and the writer has got into its stride.
+    // More than a second of ticks, to know what is ordinary; and the writer has got into its stride.
     source
         .reports()
-        .wait(
-            std::time::Instant::now() + Duration::from_secs(60),
-            |reports| {
-                (reports
-                    .iter()
-                    .filter(|report| report.status().is_some())
-                    .count()
-                    >= 8)
-                    .then_some(())
-            },
-        )
-        .context("the guest does not report")?;
-    let report = native::migrate(&source, &destination, mode, limit)
+        .wait(Instant::now() + REPORT_LIMIT, |reports| {
+            (reports.iter().filter_map(Report::status).count() >= 8).then_some(())
+        })?;
+    let report = native::migrate(&source, &destination, wish)
         .map_err(|reason| destination.explain(reason, "no migration"))?;
-    let last = destination.reports().all();
-    let status = last
-        .iter()
-        .rev()
-        .find_map(|report| report.status())
-        .context("the guest says nothing after it")?;
-    anyhow::ensure!(
-        status.errors == 0,
-        "the guest found {} wrong pages",
-        status.errors
-    );
+    // A pass over all of memory that began after the guest arrived: only then is it known to be whole.
+    destination
+        .await_clean_pass(Instant::now() + REPORT_LIMIT)
+        .map_err(|reason| destination.explain(reason, "the guest is damaged"))?;
     Ok(report)
+}
+
+/// One line a failure; what was said about it goes to standard error.
+fn failed(reason: &anyhow::Error, mode: Mode, rate: u64) {
+    let whole = format!("{reason:#}");
+    let what = if whole.contains("Kernel panic") {
+        "the guest's kernel panicked at the destination"
+    } else {
+        whole.lines().next().unwrap_or_default()
+    };
+    println!("{:<9} {rate:>5} failed: {what}", format!("{mode:?}"));
+    eprintln!("{whole}");
 }
 
 fn show(report: &NativeReport, rate: u64) {
