@@ -76,8 +76,8 @@ const CHANNELS: u32 = 4;
 const AFTER: Duration = Duration::from_secs(2);
 const ARRIVAL_LIMIT: Duration = Duration::from_secs(30);
 
-/// Migrates a running guest over loopback TCP to a QEMU started with [`Guest::incoming`], not paused, and watches
-/// it there for two seconds.
+/// Migrates a guest over loopback TCP to a QEMU started with [`Guest::incoming`], and watches it there for two
+/// seconds. QEMU's best is had where that was not started paused.
 ///
 /// # Errors
 /// If QEMU refuses, fails or does not converge within `limit` (the migration is then cancelled and the guest runs
@@ -137,6 +137,10 @@ pub fn migrate(source: &Guest, destination: &Guest, wish: Wish) -> Result<Native
         }
     };
     finished(destination, deadline)?;
+    if !destination.is_running()? {
+        // It was stopped at the source, or this end was started paused.
+        destination.monitor().execute("cont", json!({}))?;
+    }
     let total = began.elapsed();
     if over != "completed" {
         bail!("QEMU's {mode:?} migration ended as {over}");
