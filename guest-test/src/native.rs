@@ -1,0 +1,214 @@
+//! QEMU's own migration, at its best: what Memferry is compared with.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+use crate::qemu::Guest;
+use crate::ticks::{self, Steadiness};
+
+/// A way in which QEMU migrates.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// Rounds of dirty pages over one connection until what is left fits into the downtime limit of 300 ms.
+    Precopy,
+    /// The same over four connections.
+    Multifd,
+    /// One pass, then the guest runs at the destination and its missing pages are fetched as it needs them.
+    Postcopy,
+}
+
+/// What to ask of QEMU.
+#[derive(Debug, Clone, Copy)]
+pub struct Wish {
+    /// How it is to be done.
+    pub mode: Mode,
+    /// How long the guest may stand still by QEMU's own estimate, at which pre-copy ends; QEMU's default is 300 ms.
+    /// It means nothing to post-copy, which ends its pre-copy after one pass.
+    pub downtime: Duration,
+    /// Give up after this.
+    pub limit: Duration,
+}
+
+/// What a migration by QEMU took.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct NativeReport {
+    /// How it was done.
+    pub mode: Mode,
+    /// From the command to the last page.
+    pub total: Duration,
+    /// The guest's stand-still by its own ticks.
+    pub blackout: Duration,
+    /// The ticks in the two seconds after it.
+    pub brownout: Steadiness,
+    /// The ticks in the second before the migration.
+    pub before: Steadiness,
+    /// What QEMU says that the stand-still was.
+    pub downtime_claimed: Duration,
+    /// Bytes of memory sent, headers included.
+    pub wire: u64,
+    /// Passes over memory.
+    pub passes: u64,
+    /// Processor time of both QEMUs, the guest's own included.
+    pub cpu: Duration,
+}
+
+impl Mode {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Precopy, Self::Multifd, Self::Postcopy];
+
+    fn capabilities(self) -> Vec<Value> {
+        let on = |name: &str| json!({ "capability": name, "state": true });
+        match self {
+            Self::Precopy => vec![on("events")],
+            Self::Multifd => vec![on("events"), on("multifd")],
+            Self::Postcopy => vec![on("events"), on("postcopy-ram")],
+        }
+    }
+}
+
+/// No limit: the default of 128 MiB/s is older than today's networks.
+const BANDWIDTH: u64 = 100 << 30;
+const CHANNELS: u32 = 4;
+/// How long to watch the guest after it has moved.
+const AFTER: Duration = Duration::from_secs(2);
+const ARRIVAL_LIMIT: Duration = Duration::from_secs(30);
+
+/// Migrates a guest over loopback TCP to a QEMU started with [`Guest::incoming`], and watches it there for two
+/// seconds. QEMU's best is had where that was not started paused.
+///
+/// # Errors
+/// If QEMU refuses, fails or does not converge within `limit` (the migration is then cancelled and the guest runs
+/// on at the source), or the guest's ticks do not continue.
+pub fn migrate(source: &Guest, destination: &Guest, wish: Wish) -> Result<NativeReport> {
+    let Wish {
+        mode,
+        downtime,
+        limit,
+    } = wish;
+    for guest in [source, destination] {
+        let mut monitor = guest.monitor();
+        let capabilities = json!({ "capabilities": mode.capabilities() });
+        monitor.execute("migrate-set-capabilities", capabilities)?;
+        // Post-copy is there for guests that pre-copy does not finish with, and must not be finished by it: QEMU's
+        // first estimate of the bandwidth is often three times what it gets.
+        let downtime = if mode == Mode::Postcopy {
+            Duration::from_millis(1)
+        } else {
+            downtime
+        };
+        let downtime = u64::try_from(downtime.as_millis()).unwrap_or(u64::MAX);
+        let mut parameters = json!({ "max-bandwidth": BANDWIDTH, "downtime-limit": downtime });
+        if mode == Mode::Multifd {
+            parameters["multifd-channels"] = json!(CHANNELS);
+        }
+        monitor.execute("migrate-set-parameters", parameters)?;
+    }
+    let address = listen(destination)?;
+    let cpu_before = source.cpu_time()? + destination.cpu_time()?;
+
+    let began = Instant::now();
+    let deadline = began + limit;
+    source
+        .monitor()
+        .execute("migrate", json!({ "uri": address }))?;
+    if mode == Mode::Postcopy {
+        // Pass 1 is the first; its end is announced as the beginning of pass 2. A guest that hardly writes may be
+        // done by then.
+        let event = source.monitor().wait_event(deadline, |event| {
+            (event["event"] == "MIGRATION_PASS" && event["data"]["pass"].as_u64() >= Some(2))
+                || is_over(event)
+        })?;
+        if !is_over(&event) {
+            source
+                .monitor()
+                .execute("migrate-start-postcopy", json!({}))?;
+        }
+    }
+    let over = match finished(source, deadline) {
+        Ok(over) => over,
+        Err(reason) => {
+            source.monitor().execute("migrate_cancel", json!({}))?;
+            return Err(reason.context(format!(
+                "QEMU's {mode:?} migration did not end within {limit:?}"
+            )));
+        }
+    };
+    finished(destination, deadline)?;
+    if !destination.is_running()? {
+        // It was stopped at the source, or this end was started paused.
+        destination.monitor().execute("cont", json!({}))?;
+    }
+    let total = began.elapsed();
+    if over != "completed" {
+        bail!("QEMU's {mode:?} migration ended as {over}");
+    }
+    let cpu = source.cpu_time()? + destination.cpu_time()? - cpu_before;
+
+    let first = destination
+        .ticks()
+        .wait(Instant::now() + ARRIVAL_LIMIT, |ticks| {
+            ticks.first().copied()
+        })
+        .context("the guest does not tick at the destination")?;
+    destination
+        .ticks()
+        .wait(first.at + AFTER + ARRIVAL_LIMIT, |ticks| {
+            ticks
+                .last()
+                .filter(|last| last.at >= first.at + AFTER)
+                .map(|_| ())
+        })
+        .context("the guest stopped ticking at the destination")?;
+    let (before, after) = (source.ticks().all(), destination.ticks().all());
+    ticks::check_continuity(&before, &after)?;
+    let facts = source.monitor().execute("query-migrate", json!({}))?;
+    let number = |value: &Value| value.as_u64().unwrap_or(0);
+    Ok(NativeReport {
+        mode,
+        total,
+        blackout: ticks::blackout(&before, &after)?,
+        brownout: ticks::steadiness(&after, first.at, AFTER),
+        before: ticks::steadiness(
+            &before,
+            began - Duration::from_secs(1),
+            Duration::from_secs(1),
+        ),
+        downtime_claimed: Duration::from_millis(number(&facts["downtime"])),
+        wire: number(&facts["ram"]["transferred"]),
+        passes: number(&facts["ram"]["dirty-sync-count"]),
+        cpu,
+    })
+}
+
+/// Opens a port at the destination; its number is the system's choice.
+fn listen(destination: &Guest) -> Result<String> {
+    let mut monitor = destination.monitor();
+    monitor.execute("migrate-incoming", json!({ "uri": "tcp:127.0.0.1:0" }))?;
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let port = monitor.poll("query-migrate", deadline, |answer| {
+        answer["socket-address"][0]["port"]
+            .as_str()
+            .map(str::to_owned)
+    })?;
+    Ok(format!("tcp:127.0.0.1:{port}"))
+}
+
+fn finished(guest: &Guest, deadline: Instant) -> Result<String> {
+    // Asked first, because the event may have been taken from the queue by an earlier wait.
+    let mut monitor = guest.monitor();
+    let facts = monitor.execute("query-migrate", json!({}))?;
+    let status = |value: &Value| value["status"].as_str().unwrap_or_default().to_owned();
+    if ["completed", "failed", "cancelled"].contains(&status(&facts).as_str()) {
+        return Ok(status(&facts));
+    }
+    let event = monitor.wait_event(deadline, is_over)?;
+    Ok(status(&event["data"]))
+}
+
+fn is_over(event: &Value) -> bool {
+    let status = event["data"]["status"].as_str().unwrap_or_default();
+    event["event"] == "MIGRATION" && ["completed", "failed", "cancelled"].contains(&status)
+}

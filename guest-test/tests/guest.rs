@@ -1,0 +1,114 @@
+//! The guests themselves: that they boot, that what they say can be relied on, and that they are cleared away.
+#![allow(clippy::unwrap_used, reason = "a test may panic, helpers too")]
+
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
+use guest_test::accel::accel;
+use guest_test::image::Image;
+use guest_test::native::{self, Mode, Wish};
+use guest_test::qemu::{Backing, Guest, GuestConfig, Rate};
+use guest_test::{packages, ticks};
+
+/// For an emulated guest on a machine that does other things.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn small() -> GuestConfig {
+    packages::ensure(&[packages::QEMU]).unwrap();
+    let mut config = GuestConfig::new(Image::prepare().unwrap(), accel().unwrap());
+    config.memory = 256 << 20;
+    config
+}
+
+fn soon() -> Instant {
+    Instant::now() + PATIENCE
+}
+
+#[test]
+#[ignore = "guest: needs qemu-system-x86_64"]
+fn a_guest_ticks_in_order_and_finds_its_memory_right() {
+    let guest = Guest::boot(&small()).unwrap();
+    let status = guest.await_clean_pass(soon()).unwrap();
+    assert_eq!(status.boot_id, guest.ready().unwrap().boot_id);
+    let all = guest.ticks().all();
+    ticks::check_continuity(&all[..1], &all[1..]).unwrap();
+}
+
+#[test]
+#[ignore = "guest: needs qemu-system-x86_64"]
+fn a_guest_whose_memory_is_changed_from_outside_notices() {
+    let config = small();
+    let guest = Guest::boot(&config).unwrap();
+    guest.await_clean_pass(soon()).unwrap();
+    let memory = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(guest.memory_file())
+        .unwrap();
+    // The pages of the writer are those that begin with a number below their count; one bit in the middle of one.
+    let pages = config.writer.fill / 4096;
+    let untouched = pages - 1; // outside of what is written again
+    let mut page = [0; 4096];
+    let offset = (0..config.memory)
+        .step_by(4096)
+        .find(|&offset| {
+            memory.read_exact_at(&mut page, offset).unwrap();
+            page[..8] == untouched.to_le_bytes()
+                && page[8..16] == 1u64.to_le_bytes()
+                && page[16..24] != [0; 8]
+        })
+        .unwrap();
+    memory.read_exact_at(&mut page, offset).unwrap();
+    memory
+        .write_all_at(&[page[2048] ^ 1], offset + 2048)
+        .unwrap();
+    let reason = guest.await_clean_pass(soon()).unwrap_err();
+    assert!(reason.to_string().contains("wrong pages"), "{reason:#}");
+}
+
+#[test]
+#[ignore = "guest: needs qemu-system-x86_64"]
+fn a_migration_by_qemu_has_a_blackout_and_goes_on() {
+    let mut config = small();
+    // QEMU's dirty log loses pages of emulated guests that write; without writes it is only the ticks' own pages,
+    // and those may be lost as well: so the guest is stopped first.
+    config.writer.rate = Rate::Limit(0);
+    config.backing = Backing::Private;
+    let source = Guest::boot(&config).unwrap();
+    let destination = Guest::incoming(&config, false).unwrap();
+    source
+        .monitor()
+        .execute("stop", serde_json::json!({}))
+        .unwrap();
+    let wish = Wish {
+        mode: Mode::Precopy,
+        downtime: Duration::from_millis(300),
+        limit: PATIENCE,
+    };
+    let report = native::migrate(&source, &destination, wish).unwrap();
+    assert!(report.blackout > Duration::ZERO && report.wire > config.writer.fill);
+    assert!(!source.is_running().unwrap());
+}
+
+#[test]
+#[ignore = "guest: needs qemu-system-x86_64"]
+fn a_guest_that_cannot_start_says_why() {
+    let mut config = small();
+    config.image.kernel = "/nonexistent/kernel".into();
+    let reason = Guest::boot(&config).unwrap_err();
+    assert!(
+        format!("{reason:#}").contains("/nonexistent/kernel"),
+        "{reason:#}"
+    );
+}
+
+#[test]
+#[ignore = "guest: needs qemu-system-x86_64"]
+fn a_dropped_guest_leaves_no_process_and_no_file() {
+    let guest = Guest::incoming(&small(), true).unwrap();
+    let (process, memory) = (format!("/proc/{}", guest.pid()), guest.memory_file());
+    assert!(memory.exists());
+    drop(guest);
+    assert!(!memory.exists());
+    assert!(!std::path::Path::new(&process).exists());
+}
