@@ -127,9 +127,10 @@ impl ChunkBitmap {
     /// The first run in the set at or after `from`, at most `longest` chunks long.
     #[must_use]
     pub fn run_from(&self, from: u64, longest: u64) -> Option<ChunkRun> {
-        let start = self.seek(from, true)?;
-        let end = self.seek(start, false).unwrap_or(self.chunks);
-        Some(ChunkRun::new(start, (end - start).min(longest)))
+        let start = self.seek(from, self.chunks, true)?;
+        let limit = start.saturating_add(longest).min(self.chunks);
+        let end = self.seek(start, limit, false).unwrap_or(limit);
+        Some(ChunkRun::new(start, end - start))
     }
 
     /// The runs in the set, in order, each as long as it can be.
@@ -139,6 +140,17 @@ impl ChunkBitmap {
             let run = self.run_from(next, u64::MAX)?;
             next = run.end();
             Some(run)
+        })
+    }
+
+    /// The runs of the set that lie in `run`, in order. Looks at no chunk beyond it.
+    pub fn runs_within(&self, run: ChunkRun) -> impl Iterator<Item = ChunkRun> + '_ {
+        let end = run.start.0.saturating_add(run.count).min(self.chunks);
+        let mut next = run.start.0;
+        core::iter::from_fn(move || {
+            let start = self.seek(next, end, true)?;
+            next = self.seek(start, end, false).unwrap_or(end);
+            Some(ChunkRun::new(start, next - start))
         })
     }
 
@@ -159,20 +171,27 @@ impl ChunkBitmap {
         self.words[index] = bits & mask;
     }
 
-    /// The first chunk at or after `from` that is in the set (`present`), or that is not.
-    fn seek(&self, from: u64, present: bool) -> Option<u64> {
-        if from >= self.chunks {
+    /// The first chunk in `from .. limit` that is in the set (`present`), or that is not.
+    ///
+    /// `limit` is not beyond the space. No word beyond it is read: a frame asks for a few chunks at a time out of
+    /// a set that may be one run of millions.
+    fn seek(&self, from: u64, limit: u64, present: bool) -> Option<u64> {
+        if from >= limit {
             return None;
         }
         let flip = if present { 0 } else { u64::MAX };
+        let last = word_of(limit - 1);
         let mut index = word_of(from);
         let mut word = (self.words[index] ^ flip) & (u64::MAX << (from % 64));
         while word == 0 {
+            if index == last {
+                return None;
+            }
             index += 1;
-            word = self.words.get(index)? ^ flip;
+            word = self.words[index] ^ flip;
         }
         let found = index as u64 * 64 + u64::from(word.trailing_zeros());
-        (found < self.chunks).then_some(found)
+        (found < limit).then_some(found)
     }
 
     fn for_words(&mut self, run: ChunkRun, mut change: impl FnMut(&mut u64, u64)) {
@@ -274,6 +293,32 @@ mod tests {
             prop_assert_eq!(&from_runs, &naive);
             let runs: Vec<_> = bitmap.runs().collect();
             prop_assert!(runs.windows(2).all(|pair| pair[0].end() < pair[1].start.0));
+        }
+
+        #[test]
+        fn a_search_stays_within_its_bounds(
+            chunks in 1..260_u64,
+            members in prop::collection::btree_set(0..260_u64, 0..200),
+            from in 0..300_u64,
+            longest in 1..150_u64,
+        ) {
+            let mut bitmap = ChunkBitmap::empty(chunks);
+            for &member in &members {
+                bitmap.insert(member);
+            }
+            let naive = |limit: u64| {
+                let start = (from..limit).find(|&n| bitmap.contains(n))?;
+                let count = (start..limit).take_while(|&n| bitmap.contains(n)).count();
+                Some((start, count as u64))
+            };
+            prop_assert_eq!(
+                bitmap.run_from(from, longest).map(|run| (run.start.0, run.count)),
+                naive(chunks).map(|(start, count)| (start, count.min(longest)))
+            );
+            prop_assert_eq!(
+                bitmap.runs_within(ChunkRun::new(from, longest)).next().map(|run| (run.start.0, run.count)),
+                naive((from + longest).min(chunks))
+            );
         }
     }
 }

@@ -7,7 +7,7 @@ use alloc::vec::Vec;
 use crate::chunk::{ChunkSize, Layout, RegionDescriptor};
 use crate::coding::{Reader, Writer};
 use crate::error::{DecodeError, ProtocolError};
-use crate::limits::{MAX_ATTRIBUTES, MAX_CHUNKS, MAX_NAME, MAX_REGIONS};
+use crate::limits::{MAX_ATTRIBUTES, MAX_BODY, MAX_CHUNKS, MAX_NAME, MAX_REGIONS};
 
 /// A version of the protocol. This enum is its changelog.
 ///
@@ -83,6 +83,45 @@ pub struct Agreement {
 }
 
 impl Hello {
+    /// Checks this side's own hello against the limits: the peer could not read one beyond them.
+    pub(crate) fn check(&self) -> Result<(), ProtocolError> {
+        let incompatible = |reason| Err(ProtocolError::Incompatible { reason });
+        if self.regions.len() > MAX_REGIONS {
+            return incompatible(format!(
+                "there are {} memory regions; at most {MAX_REGIONS} can be moved",
+                self.regions.len()
+            ));
+        }
+        if self.attributes.len() > MAX_ATTRIBUTES {
+            return incompatible(format!(
+                "the subject has {} attributes; at most {MAX_ATTRIBUTES} can be compared",
+                self.attributes.len()
+            ));
+        }
+        let regions = self.regions.iter().map(|region| &region.name);
+        let attributes = self
+            .attributes
+            .iter()
+            .flat_map(|(name, value)| [name, value]);
+        for text in regions.chain(attributes).chain([&self.kind]) {
+            if text.len() > MAX_NAME {
+                return incompatible(format!(
+                    "the name {text:.32}… has {} bytes; at most {MAX_NAME} can be sent",
+                    text.len()
+                ));
+            }
+        }
+        let mut body = Vec::new();
+        self.encode(&mut body);
+        if body.len() > MAX_BODY as usize {
+            return incompatible(format!(
+                "the names of the regions and attributes take {} bytes in all; at most {MAX_BODY} can be sent",
+                body.len()
+            ));
+        }
+        Ok(())
+    }
+
     /// The chunk space this side describes.
     ///
     /// # Errors

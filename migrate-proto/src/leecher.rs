@@ -120,6 +120,18 @@ enum Phase {
     Closed,
 }
 
+/// How far the digests are, where copies are compared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Digests {
+    Unasked,
+    /// The caller sends them.
+    Asked,
+    /// The seeder compares.
+    Sent,
+    /// It said what came out.
+    Judged,
+}
+
 /// The leecher's half of a session. See the module's documentation.
 #[derive(Debug)]
 pub struct Leecher {
@@ -133,17 +145,23 @@ pub struct Leecher {
     round: u32,
     state_len: u64,
     state_end: Option<(u64, u64)>,
+    /// The state has ended, but stale bytes are still being installed: nobody may look until they are discarded.
+    held: bool,
+    digests: Digests,
     messages: VecDeque<Message>,
-    fetches: VecDeque<ChunkRun>,
+    /// The answer to Ping, however often it was asked.
+    pong_due: bool,
     events: VecDeque<Event>,
     silence: Silence,
 }
 
 impl Leecher {
     /// A leecher at the start of a session: its hello waits in [`poll_message`](Self::poll_message).
+    ///
+    /// If the hello is beyond the limits of the protocol, the session is over at once: [`Event::Aborted`].
     #[must_use]
     pub fn new(now: Micros, config: LeecherConfig) -> Self {
-        Self {
+        let mut leecher = Self {
             phase: Phase::Greeting,
             theirs: None,
             agreement: None,
@@ -152,12 +170,22 @@ impl Leecher {
             round: 0,
             state_len: 0,
             state_end: None,
-            messages: VecDeque::from([Message::Hello(config.hello.clone())]),
-            fetches: VecDeque::new(),
+            held: false,
+            digests: Digests::Unasked,
+            messages: VecDeque::new(),
+            pong_due: false,
             events: VecDeque::new(),
             silence: Silence::new(now, config.silence),
             config,
+        };
+        match leecher.config.hello.check() {
+            Ok(()) => {
+                let hello = Message::Hello(leecher.config.hello.clone());
+                leecher.messages.push_back(hello);
+            }
+            Err(error) => leecher.fail(error),
         }
+        leecher
     }
 
     /// Who may run the subject, as far as this side knows.
@@ -230,11 +258,20 @@ impl Leecher {
     fn dispatch(&mut self, message: Message) -> Result<(), ProtocolError> {
         match (self.phase, message) {
             (Phase::Closed, _) | (_, Message::Pong) => {}
-            (_, Message::Ping) => self.messages.push_back(Message::Pong),
+            (_, Message::Ping) => self.pong_due = true,
             (_, Message::Abort { code, reason }) => {
                 return Err(ProtocolError::PeerAborted { code, reason });
             }
             (Phase::Greeting, Message::Hello(theirs)) => self.greet(theirs)?,
+            (Phase::Prefetching, message) if self.is_dry_run() => match message {
+                Message::Probe => {}
+                Message::Farewell => self.close(Event::Done),
+                _ => {
+                    return Err(ProtocolError::Violation {
+                        reason: "it moves something although this is a dry run",
+                    });
+                }
+            },
             (Phase::Prefetching | Phase::Finalizing, Message::Dirty { round, pages }) => {
                 let (current, chunks) = (self.round, self.residency.chunks());
                 let (incoming, set) = self
@@ -253,6 +290,7 @@ impl Leecher {
                 self.begin_round(round, chunks)?;
             }
             (Phase::Prefetching, Message::Finalize) => {
+                self.nothing_may_be_received()?;
                 self.phase = Phase::Finalizing;
                 self.events.push_back(Event::Finalize {
                     remote: self.residency.remote().clone(),
@@ -264,13 +302,15 @@ impl Leecher {
                         reason: "its device state is not as long as it says",
                     });
                 }
+                if self.incoming.is_some() {
+                    return Err(ProtocolError::Violation {
+                        reason: "its dirty set is incomplete or out of order",
+                    });
+                }
                 self.phase = Phase::Loading;
                 self.state_end = Some((len, digest));
-                self.events.push_back(if self.verify() == Verify::Before {
-                    Event::Digests
-                } else {
-                    Event::Load { len, digest }
-                });
+                self.held = true;
+                self.go_on_loading();
             }
             (
                 Phase::Loading,
@@ -278,7 +318,8 @@ impl Leecher {
                     compared,
                     different,
                 },
-            ) if self.verify() == Verify::Before => {
+            ) if self.verify() == Verify::Before && self.digests == Digests::Sent => {
+                self.digests = Digests::Judged;
                 self.events.push_back(Event::Verdict {
                     compared,
                     different,
@@ -302,20 +343,14 @@ impl Leecher {
                     compared,
                     different,
                 },
-            ) if self.verify() == Verify::After => {
+            ) if self.verify() == Verify::After && self.digests == Digests::Sent => {
+                self.digests = Digests::Judged;
                 self.events.push_back(Event::Verdict {
                     compared,
                     different,
                 });
             }
             (Phase::Owning { complete: true, .. }, Message::Farewell) => self.close(Event::Done),
-            (Phase::Prefetching, Message::Probe | Message::Farewell) if !self.is_dry_run() => {
-                return Err(ProtocolError::Violation {
-                    reason: "it measures although this is no dry run",
-                });
-            }
-            (Phase::Prefetching, Message::Probe) => {}
-            (Phase::Prefetching, Message::Farewell) => self.close(Event::Done),
             (_, message) => {
                 return Err(ProtocolError::Unexpected {
                     message: message.name(),
@@ -352,12 +387,41 @@ impl Leecher {
                 reason: "its dirty set is incomplete or out of order",
             });
         }
+        self.nothing_may_be_received()?;
         self.round = round;
         self.residency.invalidate(&set);
         if self.phase == Phase::Finalizing {
             self.events.push_back(Event::Discard { stale: set });
         }
         Ok(())
+    }
+
+    /// A seeder begins a round, and finalizes, when all bulk frames were acknowledged: what is received straight
+    /// into memory now would be written under the feet of whoever looks next.
+    fn nothing_may_be_received(&self) -> Result<(), ProtocolError> {
+        if self.residency.is_receiving_bulk() {
+            return Err(ProtocolError::Violation {
+                reason: "it goes on while its chunks are still being received",
+            });
+        }
+        Ok(())
+    }
+
+    /// Lets the caller look at the memory, once it holds nothing stale.
+    fn go_on_loading(&mut self) {
+        let Some((len, digest)) = self.state_end else {
+            return;
+        };
+        if !self.held || self.residency.is_overtaken() {
+            return;
+        }
+        self.held = false;
+        if self.verify() == Verify::Before {
+            self.digests = Digests::Asked;
+            self.events.push_back(Event::Digests);
+        } else {
+            self.events.push_back(Event::Load { len, digest });
+        }
     }
 
     /// A piece of `len` bytes of device state came, which begins at `offset`.
@@ -374,7 +438,9 @@ impl Leecher {
         let result = match self.phase {
             Phase::Closed => Ok(()),
             Phase::Prefetching | Phase::Finalizing
-                if offset == self.state_len && offset.saturating_add(len) <= MAX_STATE =>
+                if !self.is_dry_run()
+                    && offset == self.state_len
+                    && offset.saturating_add(len) <= MAX_STATE =>
             {
                 self.state_len += len;
                 Ok(())
@@ -453,45 +519,51 @@ impl Leecher {
         let stale = chunks.round < self.round;
         let parts = self.residency.sort(chunks, stale);
         if stale {
-            // Who waits for a chunk that came too old goes on waiting, so it is asked for again.
             for run in &chunks.runs {
-                self.fetches.extend(self.residency.awaited(run.run));
+                self.residency.ask_again(run.run);
             }
         }
+        self.residency.receive(lane, &parts);
         Ok(Admission::Install { parts, direct })
     }
 
-    /// The parts of a frame that were to be installed are; `digests` has one for each data chunk of `chunks`.
+    /// The parts of a frame that [`admit`](Self::admit) said to install are in place: `parts` are those it gave.
+    ///
+    /// To be called for each admitted frame, also where nothing of it was wanted: it is acknowledged then.
     pub fn handle_installed(&mut self, lane: u8, chunks: &Chunks, parts: &[Part]) {
         if self.phase == Phase::Closed {
             return;
         }
-        self.residency.install(lane, chunks, parts);
+        // A dirty set that came while the payload was received names chunks that have stale bytes now. Whoever
+        // waited for them has seen those bytes or will fault again.
+        if let Some(stale) = self.residency.install(lane, chunks, parts) {
+            self.events.push_back(Event::Discard { stale });
+        }
+        if self.phase == Phase::Loading {
+            self.go_on_loading();
+        }
         self.check_drained();
     }
 
-    /// Somebody waits for `chunk`.
+    /// Somebody waits for `chunk`. One beyond the chunk space counts as resident.
     pub fn handle_fault(&mut self, chunk: u64) -> Fault {
-        if self.phase == Phase::Closed {
+        if self.phase == Phase::Closed && self.residency.remote().contains(chunk) {
             return Fault::Lost;
         }
-        let fault = self.residency.fault(chunk);
-        if fault == Fault::Requested {
-            self.fetches.push_back(ChunkRun::new(chunk, 1));
-        }
-        fault
+        self.residency.fault(chunk)
     }
 
     /// The answer to [`Event::Digests`].
     pub fn handle_digests_sent(&mut self) {
-        if self.phase != Phase::Closed {
+        if self.phase != Phase::Closed && self.digests == Digests::Asked {
+            self.digests = Digests::Sent;
             self.messages.push_back(Message::DigestsEnd);
         }
     }
 
     /// The answer to [`Event::Load`].
     pub fn handle_loaded(&mut self) {
-        if self.phase == Phase::Loading {
+        if self.phase == Phase::Loading && !self.held {
             self.phase = Phase::Ready;
             self.messages.push_back(Message::Ready);
         }
@@ -499,7 +571,9 @@ impl Leecher {
 
     /// The answer to [`Event::Run`].
     pub fn handle_running(&mut self) {
-        if let Phase::Owning { running, .. } = &mut self.phase {
+        if let Phase::Owning { running, .. } = &mut self.phase
+            && !*running
+        {
             *running = true;
             self.messages.push_back(Message::Running);
             self.check_drained();
@@ -508,10 +582,17 @@ impl Leecher {
 
     /// The answer to [`Event::Drained`].
     pub fn handle_disarmed(&mut self) {
-        if let Phase::Owning { complete, .. } = &mut self.phase {
+        if let Phase::Owning {
+            drained: true,
+            complete,
+            ..
+        } = &mut self.phase
+            && !*complete
+        {
             *complete = true;
             self.messages.push_back(Message::Complete);
             if self.verify() == Verify::After {
+                self.digests = Digests::Asked;
                 self.events.push_back(Event::Digests);
             }
         }
@@ -528,6 +609,8 @@ impl Leecher {
             return;
         }
         match self.silence.check(now) {
+            // One that is still waiting to be sent is enough.
+            Ok(true) if self.messages.contains(&Message::Ping) => {}
             Ok(true) => self.messages.push_back(Message::Ping),
             Ok(false) => {}
             Err(error) => self.fail(error),
@@ -542,8 +625,15 @@ impl Leecher {
 
     /// The next message for the control lane.
     pub fn poll_message(&mut self) -> Option<Message> {
+        let closed = self.phase == Phase::Closed;
+        if mem::take(&mut self.pong_due) && !closed {
+            return Some(Message::Pong);
+        }
         if let Some(message) = self.messages.pop_front() {
             return Some(message);
+        }
+        if closed {
+            return None;
         }
         let (lane, sequence) = self.residency.credit()?;
         Some(Message::Credit { lane, sequence })
@@ -551,11 +641,13 @@ impl Leecher {
 
     /// The next message for the urgent lane.
     pub fn poll_urgent(&mut self) -> Option<Message> {
-        if self.phase == Phase::Closed {
-            return None;
+        // Before Finalize a chunk may come straight into memory, and the seeder answers no fetch.
+        if let Phase::Finalizing | Phase::Loading | Phase::Ready | Phase::Owning { .. } = self.phase
+        {
+            let run = ChunkRun::new(self.residency.next_fetch()?, 1);
+            return Some(Message::Fetch { run });
         }
-        let run = self.fetches.pop_front()?;
-        Some(Message::Fetch { run })
+        None
     }
 
     /// The next thing that the caller must do.
@@ -605,6 +697,11 @@ impl Leecher {
         if phase == Phase::Closed {
             return;
         }
+        // A Ready that was not given away must not be sent now: the seeder would release to nobody.
+        let waiting = self.messages.len();
+        self.messages
+            .retain(|message| !matches!(message, Message::Ready));
+        let ready_was_sent = self.messages.len() == waiting;
         if !matches!(error, ProtocolError::PeerAborted { .. }) {
             self.messages.push_back(Message::Abort {
                 code: error.code(),
@@ -612,8 +709,11 @@ impl Leecher {
             });
         }
         let event = match phase {
-            // The seeder has not released if it says itself that it ended the session.
-            Phase::Ready if !matches!(error, ProtocolError::PeerAborted { .. }) => {
+            // The seeder has not released if it says itself that it ended the session, nor if it does not know yet
+            // that this side is ready.
+            Phase::Ready
+                if ready_was_sent && !matches!(error, ProtocolError::PeerAborted { .. }) =>
+            {
                 Event::Undecided { error }
             }
             Phase::Owning { .. } => Event::Lost {

@@ -1,8 +1,8 @@
 //! The side that owns the memory: what it sends and when it lets go.
 //!
 //! ```text
-//! Greeting → Preparing → Starting → Sending ⇄ Draining → Taking → Suspending → Suspended → Released → Done
-//!                                      └───────── a round ───────┘
+//! Greeting → Preparing → Starting → Sending → Draining → Taking → Suspending → Suspended → Releasing → Released → Done
+//!                                      ▲─────── a round ────┘
 //! ```
 //!
 //! Before `Released`, every failure ends in [`Event::Aborted`]: the caller restores the dirty set and the subject
@@ -26,7 +26,7 @@ use crate::dirty::DirtyPage;
 use crate::error::{AbortCode, ProtocolError};
 use crate::handover::{Ownership, Token};
 use crate::hello::{Agreement, Hello, Verify};
-use crate::limits::MAX_CHUNKS_IN_FRAME;
+use crate::limits::{MAX_CHUNKS_IN_FRAME, MAX_RUNS, MAX_STATE};
 use crate::message::Message;
 use crate::schedule::{Order, Scheduler};
 use crate::silence::Silence;
@@ -36,7 +36,7 @@ use pace::Pace;
 /// The lane of faults and their answers; bulk lanes are numbered from 1.
 pub const URGENT_LANE: u8 = 0;
 
-/// A leecher asks for each chunk once, so it never has so many fetches waiting.
+/// A leecher asks for each chunk once, for a thread that waits: so many are never waiting or unacknowledged.
 const MAX_FETCHES: usize = 1 << 20;
 
 /// Rounds smaller than this say more about latency than about bandwidth.
@@ -79,8 +79,8 @@ pub enum Event {
         /// What it was decided on.
         observation: Observation,
     },
-    /// The subject could run at the destination. Let go of it and say so: [`Seeder::handle_release`].
-    Release,
+    /// Release was taken from [`Seeder::poll_message`]: the subject never runs here again.
+    Released,
     /// The subject runs at the destination.
     Running,
     /// Every chunk is at the destination; what is left is to compare, if that was asked for.
@@ -136,9 +136,13 @@ enum Phase {
         unsent: ChunkBitmap,
     },
     Suspended(Suspended),
+    /// The leecher is ready; Release waits in [`Seeder::poll_message`] and can still be taken back.
+    Releasing,
     Released {
         running: bool,
         complete: bool,
+        /// All digests have come.
+        digests: bool,
     },
     Closed,
 }
@@ -150,7 +154,18 @@ struct Suspended {
     saved: Option<(u64, u64, ChunkBitmap)>,
     finalized: bool,
     ended: bool,
-    ready: bool,
+    compared: Compared,
+}
+
+/// How far the comparison before hand-over is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Compared {
+    /// The leecher still sends digests, if any were asked for.
+    Awaited,
+    /// They have come and are compared.
+    Running,
+    /// They are equal.
+    Equal,
 }
 
 /// The seeder's half of a session. See the module's documentation.
@@ -161,6 +176,8 @@ pub struct Seeder {
     ownership: Ownership,
     session: Option<Session>,
     messages: VecDeque<Message>,
+    /// The answer to Ping, however often it was asked.
+    pong_due: bool,
     events: VecDeque<Event>,
     silence: Silence,
 }
@@ -170,8 +187,10 @@ pub struct Seeder {
 struct Session {
     agreement: Agreement,
     schedule: Scheduler,
-    /// Chunks that the first pass need not read.
-    holes: ChunkBitmap,
+    /// Chunks that the first pass need not read, until all of them were handed out.
+    holes: Option<ChunkBitmap>,
+    /// Holes below this chunk were handed out.
+    holes_sent: u64,
     /// Chunks of announced rounds which the leecher has not acknowledged.
     outstanding: ChunkBitmap,
     /// The dirty set before the one of this round.
@@ -189,19 +208,29 @@ struct Session {
 
 impl Seeder {
     /// A seeder at the start of a session: its hello waits in [`poll_message`](Self::poll_message).
+    ///
+    /// If the hello is beyond the limits of the protocol, the session is over at once: [`Event::Aborted`].
     #[must_use]
     pub fn new(now: Micros, config: SeederConfig) -> Self {
-        let mut messages = VecDeque::new();
-        messages.push_back(Message::Hello(config.hello.clone()));
-        Self {
+        let checked = config.hello.check();
+        let mut seeder = Self {
             silence: Silence::new(now, config.silence),
-            config,
             phase: Phase::Greeting,
             ownership: Ownership::Here,
             session: None,
-            messages,
+            messages: VecDeque::new(),
+            pong_due: false,
             events: VecDeque::new(),
+            config,
+        };
+        match checked {
+            Ok(()) => {
+                let hello = Message::Hello(seeder.config.hello.clone());
+                seeder.messages.push_back(hello);
+            }
+            Err(error) => seeder.fail(error),
         }
+        seeder
     }
 
     /// Who may run the subject, as far as this side knows.
@@ -219,7 +248,7 @@ impl Seeder {
             Phase::Starting => "starting",
             Phase::Sending | Phase::Draining | Phase::Taking => "tracking",
             Phase::Suspending { .. } => "suspending",
-            Phase::Suspended(_) => "suspended",
+            Phase::Suspended(_) | Phase::Releasing => "suspended",
             Phase::Released { .. } => "released",
             Phase::Closed => "closed",
         }
@@ -274,7 +303,7 @@ impl Seeder {
         let verify = self.verify();
         match (&mut self.phase, message) {
             (Phase::Closed, _) | (_, Message::Pong) => {}
-            (_, Message::Ping) => self.messages.push_back(Message::Pong),
+            (_, Message::Ping) => self.pong_due = true,
             (_, Message::Abort { code, reason }) => {
                 return Err(ProtocolError::PeerAborted { code, reason });
             }
@@ -282,6 +311,11 @@ impl Seeder {
                 let agreement = self.config.hello.agree(&theirs)?;
                 self.session = Some(Session::new(now, agreement, &self.config));
                 self.phase = Phase::Preparing;
+            }
+            (Phase::Preparing, Message::Accept { window: 0 }) => {
+                return Err(ProtocolError::Violation {
+                    reason: "it takes no chunks at all",
+                });
             }
             (Phase::Preparing, Message::Accept { window }) => {
                 self.session_mut().lanes.open(window);
@@ -294,6 +328,7 @@ impl Seeder {
                 | Phase::Taking
                 | Phase::Suspending { .. }
                 | Phase::Suspended(_)
+                | Phase::Releasing
                 | Phase::Released { .. },
                 Message::Credit { lane, sequence },
             ) => {
@@ -307,27 +342,55 @@ impl Seeder {
                 Phase::Suspended(Suspended {
                     finalized: true, ..
                 })
+                | Phase::Releasing
                 | Phase::Released { .. },
                 Message::Fetch { run },
             ) => self.session_mut().fetch(run)?,
             (
                 Phase::Suspended(Suspended {
-                    ended: true, ready, ..
+                    ended: true,
+                    compared,
+                    ..
                 }),
                 Message::Ready,
-            ) if !*ready => {
-                *ready = true;
-                self.events.push_back(Event::Release);
-            }
-            (Phase::Suspended(_), Message::Digests { .. }) if verify == Verify::Before => {}
-            (Phase::Suspended(_), Message::DigestsEnd) if verify == Verify::Before => {
+            ) if verify != Verify::Before || *compared == Compared::Equal => self.hand_over(),
+            (
+                Phase::Suspended(Suspended {
+                    ended: true,
+                    compared: Compared::Awaited,
+                    ..
+                }),
+                Message::Digests { .. },
+            ) if verify == Verify::Before => {}
+            (
+                Phase::Suspended(Suspended {
+                    ended: true,
+                    compared: compared @ Compared::Awaited,
+                    ..
+                }),
+                Message::DigestsEnd,
+            ) if verify == Verify::Before => {
+                *compared = Compared::Running;
                 self.events.push_back(Event::Compare);
             }
             (Phase::Released { running, .. }, Message::Running) if !*running => {
                 *running = true;
                 self.events.push_back(Event::Running);
             }
-            (Phase::Released { complete, .. }, Message::Complete) if !*complete => {
+            (
+                Phase::Released {
+                    running: true,
+                    complete,
+                    ..
+                },
+                Message::Complete,
+            ) if !*complete => {
+                let nothing_pending = self.session.as_ref().is_some_and(Session::nothing_pending);
+                if !nothing_pending {
+                    return Err(ProtocolError::Violation {
+                        reason: "it claims to have chunks that were never sent",
+                    });
+                }
                 *complete = true;
                 self.session_mut().outstanding.clear();
                 self.events.push_back(Event::Complete);
@@ -335,11 +398,23 @@ impl Seeder {
                     self.finish();
                 }
             }
-            (Phase::Released { complete: true, .. }, Message::Digests { .. })
-                if verify == Verify::After => {}
-            (Phase::Released { complete: true, .. }, Message::DigestsEnd)
-                if verify == Verify::After =>
-            {
+            (
+                Phase::Released {
+                    complete: true,
+                    digests: false,
+                    ..
+                },
+                Message::Digests { .. },
+            ) if verify == Verify::After => {}
+            (
+                Phase::Released {
+                    complete: true,
+                    digests: digests @ false,
+                    ..
+                },
+                Message::DigestsEnd,
+            ) if verify == Verify::After => {
+                *digests = true;
                 self.events.push_back(Event::Compare);
             }
             (_, message) => {
@@ -354,10 +429,13 @@ impl Seeder {
 
     /// Tracking runs; `present` are the chunks that may hold anything but zeros. The first pass begins.
     pub fn handle_started(&mut self, now: Micros, present: &ChunkBitmap) {
-        if let Phase::Starting = self.phase {
+        if let Phase::Starting = self.phase
+            && !self.is_dry_run()
+        {
             let session = self.session_mut();
-            session.holes = ChunkBitmap::full(present.chunks());
-            session.holes.subtract(present);
+            let mut holes = ChunkBitmap::full(present.chunks());
+            holes.subtract(present);
+            session.holes = (!holes.is_empty()).then_some(holes);
             let nothing = ChunkBitmap::empty(present.chunks());
             session.schedule.add(present, &nothing);
             session.round_bytes = session.bytes_of(present);
@@ -369,7 +447,9 @@ impl Seeder {
 
     /// The measurements of a dry run are done.
     pub fn handle_measured(&mut self) {
-        if let Phase::Starting = self.phase {
+        if let Phase::Starting = self.phase
+            && self.is_dry_run()
+        {
             self.finish();
         }
     }
@@ -435,7 +515,7 @@ impl Seeder {
             saved: None,
             finalized: post_copy,
             ended: false,
-            ready: false,
+            compared: Compared::Awaited,
         });
         self.advance(now);
     }
@@ -444,6 +524,15 @@ impl Seeder {
     pub fn handle_saved(&mut self, now: Micros, len: u64, digest: u64, dirty: ChunkBitmap) {
         match &mut self.phase {
             Phase::Suspended(suspended) if suspended.saved.is_none() => {
+                if len > MAX_STATE {
+                    suspended.saved = Some((0, 0, dirty));
+                    return self.fail(ProtocolError::Aborted {
+                        code: AbortCode::Failed,
+                        reason: alloc::format!(
+                            "the device state has {len} bytes; at most {MAX_STATE} can be moved"
+                        ),
+                    });
+                }
                 suspended.saved = Some((len, digest, dirty));
                 self.advance(now);
             }
@@ -453,17 +542,25 @@ impl Seeder {
 
     /// The answer to [`Event::Compare`].
     pub fn handle_compared(&mut self, compared: u64, different: u64) {
-        match self.phase {
-            Phase::Suspended(_) | Phase::Released { .. } => {
-                self.messages.push_back(Message::Verdict {
-                    compared,
-                    different,
-                });
-                if let Phase::Released { .. } = self.phase {
-                    self.finish();
-                } else if different > 0 {
+        let verdict = Message::Verdict {
+            compared,
+            different,
+        };
+        match &mut self.phase {
+            Phase::Suspended(Suspended {
+                compared: state @ Compared::Running,
+                ..
+            }) => {
+                self.messages.push_back(verdict);
+                if different == 0 {
+                    *state = Compared::Equal;
+                } else {
                     self.fail(ProtocolError::Different { different });
                 }
+            }
+            Phase::Released { digests: true, .. } => {
+                self.messages.push_back(verdict);
+                self.finish();
             }
             _ => {}
         }
@@ -480,6 +577,8 @@ impl Seeder {
             return;
         }
         match self.silence.check(now) {
+            // One that is still waiting to be sent is enough.
+            Ok(true) if self.messages.contains(&Message::Ping) => {}
             Ok(true) => self.messages.push_back(Message::Ping),
             Ok(false) => {}
             Err(error) => self.fail(error),
@@ -496,8 +595,24 @@ impl Seeder {
     }
 
     /// The next message for the control lane.
+    ///
+    /// With [`Message::Release`] ownership leaves: the caller that got it may have sent it, whatever becomes of the
+    /// lane, so nothing takes it back. [`Event::Released`] follows.
     pub fn poll_message(&mut self) -> Option<Message> {
-        self.messages.pop_front()
+        if mem::take(&mut self.pong_due) && !matches!(self.phase, Phase::Closed) {
+            return Some(Message::Pong);
+        }
+        let message = self.messages.pop_front()?;
+        if let (Message::Release { .. }, Phase::Releasing) = (&message, &self.phase) {
+            self.ownership = Ownership::There;
+            self.phase = Phase::Released {
+                running: false,
+                complete: false,
+                digests: false,
+            };
+            self.events.push_back(Event::Released);
+        }
+        Some(message)
     }
 
     /// The next thing that the caller must do.
@@ -557,6 +672,10 @@ impl Seeder {
             .map_or(Verify::Off, |agreement| agreement.verify)
     }
 
+    fn is_dry_run(&self) -> bool {
+        self.agreement().is_some_and(|agreement| agreement.dry_run)
+    }
+
     fn session_mut(&mut self) -> &mut Session {
         self.session
             .as_mut()
@@ -608,22 +727,13 @@ impl Seeder {
         }
     }
 
-    /// The answer to [`Event::Release`]: the caller lets go of the subject. From here on it never runs on this side
-    /// again. `false` if the session has failed meanwhile: then nothing was let go.
-    pub fn handle_release(&mut self) -> bool {
-        if !matches!(&self.phase, Phase::Suspended(suspended) if suspended.ready) {
-            return false;
-        }
-        self.ownership = Ownership::There;
-        self.phase = Phase::Released {
-            running: false,
-            complete: false,
-        };
+    /// Once the caller has taken this message, the subject never runs on this side again.
+    fn hand_over(&mut self) {
+        self.phase = Phase::Releasing;
         self.session_mut().schedule.set_order(Order::HotFirst);
         self.messages.push_back(Message::Release {
             token: self.config.token,
         });
-        true
     }
 
     fn finish(&mut self) {
@@ -650,6 +760,11 @@ impl Seeder {
         if let Phase::Closed = phase {
             return;
         }
+        if let Phase::Releasing = phase {
+            // It was not given away, so the leecher has never seen it.
+            self.messages
+                .retain(|message| !matches!(message, Message::Release { .. }));
+        }
         if !matches!(error, ProtocolError::PeerAborted { .. }) {
             self.messages.push_back(Message::Abort {
                 code: error.code(),
@@ -664,7 +779,10 @@ impl Seeder {
             },
             phase => {
                 let mut restore = self.session.as_ref().map_or_else(
-                    || ChunkBitmap::empty(0),
+                    || {
+                        let layout = self.config.hello.layout();
+                        ChunkBitmap::empty(layout.map_or(0, |layout| layout.chunks()))
+                    },
                     |session| session.outstanding.clone(),
                 );
                 match phase {
@@ -687,7 +805,8 @@ impl Session {
         let chunks = agreement.layout.chunks();
         Self {
             schedule: Scheduler::new(chunks),
-            holes: ChunkBitmap::empty(chunks),
+            holes: None,
+            holes_sent: 0,
             outstanding: ChunkBitmap::full(chunks),
             previous: ChunkBitmap::empty(chunks),
             lanes: Lanes::new(config.lanes),
@@ -710,7 +829,7 @@ impl Session {
     }
 
     fn nothing_pending(&self) -> bool {
-        self.schedule.is_empty() && self.holes.is_empty()
+        self.holes.is_none() && self.schedule.is_empty()
     }
 
     /// Begins a round with `set`: those chunks are remote at the leecher again.
@@ -718,6 +837,7 @@ impl Session {
         self.round += 1;
         self.round_began = now;
         self.round_bytes = self.bytes_of(set);
+        self.lanes.outdate(set);
         self.outstanding.union_with(set);
         self.schedule.add(set, &self.previous);
         self.previous = set.clone();
@@ -734,9 +854,12 @@ impl Session {
         let bytes = self.bytes_of(dirty);
         let rate = u128::from(self.round_bytes) * 1_000_000 / u128::from(took.0.max(1));
         let rate = u64::try_from(rate).unwrap_or(u64::MAX).max(1);
-        if self.round == 0 || self.round_bytes >= TELLING {
-            self.bandwidth = rate;
-        }
+        self.bandwidth = if self.round_bytes >= TELLING {
+            rate
+        } else {
+            // A small round is slower than the link, never faster.
+            self.bandwidth.max(rate)
+        };
         self.stalled = if bytes * 10 <= self.round_bytes * 9 {
             0
         } else {
@@ -757,13 +880,14 @@ impl Session {
     }
 
     fn fetch(&mut self, run: ChunkRun) -> Result<(), ProtocolError> {
-        let inside = run.end() <= self.agreement.layout.chunks();
+        let end = run.start.0.checked_add(run.count);
+        let inside = end.is_some_and(|end| end <= self.agreement.layout.chunks());
         if !inside || run.count == 0 || run.count > self.chunks_in_frame(u32::MAX) {
             return Err(ProtocolError::Violation {
                 reason: "it fetches chunks that do not exist, or too many at once",
             });
         }
-        if self.schedule.urgent_len() >= MAX_FETCHES {
+        if self.schedule.urgent_len() + self.lanes.urgent_len() >= MAX_FETCHES {
             return Err(ProtocolError::Violation {
                 reason: "it fetches the same chunks again and again",
             });
@@ -784,14 +908,7 @@ impl Session {
         if !self.lanes.has_room() {
             return Ok(None);
         }
-        let mut holes = Vec::new();
-        while holes.len() < crate::limits::MAX_RUNS
-            && let Some(run) = self.holes.run_from(0, u64::MAX)
-        {
-            self.holes.remove_run(run);
-            holes.push(run);
-        }
-        if !holes.is_empty() {
+        if let Some(holes) = self.next_holes() {
             return Ok(Some(self.batch(lane, holes, true, 0)));
         }
         self.pace.ready(now)?;
@@ -804,6 +921,22 @@ impl Session {
             .map(|&run| self.agreement.layout.bytes_in(run))
             .sum();
         Ok(Some(self.batch(lane, runs, false, bytes)))
+    }
+
+    /// A frame's worth of chunks that were never written.
+    fn next_holes(&mut self) -> Option<Vec<ChunkRun>> {
+        let holes = self.holes.as_ref()?;
+        let mut runs = Vec::new();
+        while runs.len() < MAX_RUNS
+            && let Some(run) = holes.run_from(self.holes_sent, u64::MAX)
+        {
+            self.holes_sent = run.end();
+            runs.push(run);
+        }
+        if runs.len() < MAX_RUNS {
+            self.holes = None;
+        }
+        (!runs.is_empty()).then_some(runs)
     }
 
     fn batch(&mut self, lane: u8, runs: Vec<ChunkRun>, hole: bool, bytes: u64) -> Batch {

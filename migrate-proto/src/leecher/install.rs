@@ -1,5 +1,6 @@
 //! Which chunks are here, which are asked for, and what becomes of those that come.
 
+use alloc::collections::VecDeque;
 use alloc::vec;
 use alloc::vec::Vec;
 
@@ -19,7 +20,7 @@ pub enum Admission {
         /// installed whole, and a resident page is left as it is.
         direct: bool,
     },
-    /// Its round has not begun here: ask again when a message was handled.
+    /// Its round has not begun here: leave the payload unread and ask again when a message was handled.
     Wait,
     /// It was seen before, or the session is over: read the payload and forget it.
     Ignore,
@@ -53,7 +54,11 @@ pub enum Fault {
 #[derive(Debug)]
 pub(super) struct Residency {
     remote: ChunkBitmap,
+    /// Remote chunks that somebody waits for; one stays here until it is installed in its newest version.
     requested: ChunkBitmap,
+    /// Requested chunks whose fetch has not left yet, so that none is queued twice.
+    queued: ChunkBitmap,
+    queue: VecDeque<u64>,
     digests: Vec<u64>,
     lanes: Vec<Lane>,
     /// No chunk below this one is remote; only ever used once nothing becomes remote any more.
@@ -64,22 +69,44 @@ pub(super) struct Residency {
 struct Lane {
     last: u64,
     credited: u64,
+    /// The frame that is being received and installed, outside of this machine and at the same time as it goes on.
+    receiving: Option<Receiving>,
+}
+
+#[derive(Debug, Clone)]
+struct Receiving {
+    /// What is being installed of it.
+    runs: Vec<ChunkRun>,
+    /// What of that a dirty set has named meanwhile: those bytes are stale wherever they are now.
+    overtaken: Vec<ChunkRun>,
 }
 
 /// Checks what the fields of a frame say against the chunk space and the payload.
 pub(super) fn check(layout: &Layout, chunks: &Chunks, payload: u64) -> Result<(), ProtocolError> {
     let mut bytes = 0;
+    let mut covered = 0_u64;
+    let mut data = 0_u64;
     for run in &chunks.runs {
-        if run.run.end() > layout.chunks() || run.run.count == 0 {
+        let end = run.run.start.0.checked_add(run.run.count);
+        if run.run.count == 0 || end.is_none_or(|end| end > layout.chunks()) {
             return Err(ProtocolError::Violation {
                 reason: "it sends chunks that do not exist",
             });
         }
+        // Each addend is within the space, and a frame's runs are limited.
+        covered += run.run.count;
         if run.content == Content::Data {
+            data += run.run.count;
             bytes += layout.bytes_in(run.run);
         }
     }
-    if bytes == payload {
+    // So what a frame costs to sort is bounded by the memory that is moved, however often it names a chunk.
+    if covered > layout.chunks() {
+        return Err(ProtocolError::Violation {
+            reason: "it sends a chunk twice in a frame",
+        });
+    }
+    if bytes == payload && data == chunks.digests.len() as u64 {
         Ok(())
     } else {
         Err(ProtocolError::Violation {
@@ -94,6 +121,8 @@ impl Residency {
         Self {
             remote: ChunkBitmap::full(chunks),
             requested: ChunkBitmap::empty(chunks),
+            queued: ChunkBitmap::empty(chunks),
+            queue: VecDeque::new(),
             digests: vec![0; usize::try_from(kept).expect("limited by MAX_CHUNKS")],
             lanes: vec![Lane::default(); usize::from(bulk_lanes) + 1],
             lowest: 0,
@@ -124,9 +153,19 @@ impl Residency {
     }
 
     /// A dirty set names these chunks.
+    ///
+    /// Who waits for one of them goes on waiting: the answer that is on its way is too old.
     pub(super) fn invalidate(&mut self, set: &ChunkBitmap) {
         self.remote.union_with(set);
-        self.requested.subtract(set);
+        for receiving in self
+            .lanes
+            .iter_mut()
+            .filter_map(|lane| lane.receiving.as_mut())
+        {
+            for &run in &receiving.runs {
+                receiving.overtaken.extend(set.runs_within(run));
+            }
+        }
         if !self.digests.is_empty() {
             for run in set.runs() {
                 self.digests_mut(run).fill(0);
@@ -142,12 +181,37 @@ impl Residency {
             .ok_or(ProtocolError::Violation {
                 reason: "it uses a lane that was not agreed on",
             })?;
-        if sequence > lane.last + 1 {
+        let next = lane.last.saturating_add(1);
+        if sequence > next {
             return Err(ProtocolError::Violation {
                 reason: "a frame is missing on a lane",
             });
         }
-        Ok(sequence == lane.last + 1)
+        Ok(sequence == next && sequence > lane.last)
+    }
+
+    /// The frame that was sorted into `parts` is received and installed from now on.
+    pub(super) fn receive(&mut self, lane: u8, parts: &[Part]) {
+        if let Some(lane) = self.lanes.get_mut(usize::from(lane)) {
+            let wanted = parts.iter().filter(|part| part.install);
+            lane.receiving = Some(Receiving {
+                runs: wanted.map(|part| part.run).collect(),
+                overtaken: Vec::new(),
+            });
+        }
+    }
+
+    /// Whether a bulk frame is being received.
+    pub(super) fn is_receiving_bulk(&self) -> bool {
+        self.lanes[1..].iter().any(|lane| lane.receiving.is_some())
+    }
+
+    /// Whether stale bytes are being installed, of a frame that a dirty set has overtaken.
+    pub(super) fn is_overtaken(&self) -> bool {
+        self.lanes
+            .iter()
+            .filter_map(|lane| lane.receiving.as_ref())
+            .any(|receiving| !receiving.overtaken.is_empty())
     }
 
     /// Cuts the runs of a frame into pieces that are wanted and pieces that are not.
@@ -163,44 +227,49 @@ impl Residency {
                 });
                 continue;
             }
+            let part = |start: u64, end: u64, install| Part {
+                run: ChunkRun::new(start, end - start),
+                content,
+                install,
+            };
             let mut next = run.run.start.0;
-            while next < run.run.end() {
-                let wanted = self.remote.run_from(next, run.run.end() - next);
-                let wanted = wanted.filter(|wanted| wanted.start.0 < run.run.end());
-                let end = run.run.end();
-                let skipped = wanted.map_or(end, |wanted| wanted.start.0);
-                if skipped > next {
-                    parts.push(Part {
-                        run: ChunkRun::new(next, skipped - next),
-                        content,
-                        install: false,
-                    });
+            for wanted in self.remote.runs_within(run.run) {
+                if wanted.start.0 > next {
+                    parts.push(part(next, wanted.start.0, false));
                 }
-                next = skipped;
-                if let Some(wanted) = wanted {
-                    let end = wanted.end().min(run.run.end());
-                    parts.push(Part {
-                        run: ChunkRun::new(next, end - next),
-                        content,
-                        install: true,
-                    });
-                    next = end;
-                }
+                next = wanted.end();
+                parts.push(part(wanted.start.0, next, true));
+            }
+            if next < run.run.end() {
+                parts.push(part(next, run.run.end(), false));
             }
         }
         parts
     }
 
-    /// The chunks of `run` that somebody waits for.
-    pub(super) fn awaited(&self, run: ChunkRun) -> Vec<ChunkRun> {
-        run.range()
-            .filter(|&chunk| self.requested.contains(chunk) && self.remote.contains(chunk))
-            .map(|chunk| ChunkRun::new(chunk, 1))
-            .collect()
+    /// The bytes of `run` came too old: who waits for one of its chunks has to ask again.
+    pub(super) fn ask_again(&mut self, run: ChunkRun) {
+        for waiting in self.requested.runs_within(run) {
+            for chunk in waiting.range() {
+                if self.queued.insert(chunk) {
+                    self.queue.push_back(chunk);
+                }
+            }
+        }
     }
 
-    /// The wanted parts of a frame are in place.
-    pub(super) fn install(&mut self, lane: u8, chunks: &Chunks, parts: &[Part]) {
+    /// The wanted parts of a frame are in place. Returns the chunks of it that a dirty set has named since it was
+    /// admitted: they are not here, whatever the memory holds.
+    pub(super) fn install(
+        &mut self,
+        lane: u8,
+        chunks: &Chunks,
+        parts: &[Part],
+    ) -> Option<ChunkBitmap> {
+        let receiving = self
+            .lanes
+            .get_mut(usize::from(lane))
+            .and_then(|lane| lane.receiving.take());
         let mut digests = chunks.digests.as_slice();
         for part in parts {
             let theirs = match part.content {
@@ -220,7 +289,10 @@ impl Residency {
             if !self.digests.is_empty() {
                 let kept = self.digests_mut(part.run);
                 match part.content {
-                    Content::Data => kept.copy_from_slice(theirs),
+                    Content::Data => kept
+                        .iter_mut()
+                        .zip(theirs)
+                        .for_each(|(kept, theirs)| *kept = *theirs),
                     Content::Zero => kept.fill(ZERO_DIGEST),
                 }
             }
@@ -228,16 +300,45 @@ impl Residency {
         if let Some(lane) = self.lanes.get_mut(usize::from(lane)) {
             lane.last = chunks.sequence;
         }
+        let overtaken = receiving?.overtaken;
+        if overtaken.is_empty() {
+            return None;
+        }
+        let mut stale = ChunkBitmap::empty(self.chunks());
+        for run in overtaken {
+            stale.insert_run(run);
+        }
+        self.remote.union_with(&stale);
+        if !self.digests.is_empty() {
+            for run in stale.runs() {
+                self.digests_mut(run).fill(0);
+            }
+        }
+        Some(stale)
     }
 
     pub(super) fn fault(&mut self, chunk: u64) -> Fault {
         if !self.remote.contains(chunk) {
             Fault::Resident
         } else if self.requested.insert(chunk) {
+            if self.queued.insert(chunk) {
+                self.queue.push_back(chunk);
+            }
             Fault::Requested
         } else {
             Fault::Awaited
         }
+    }
+
+    /// The next chunk to fetch; one that has come meanwhile is not asked for.
+    pub(super) fn next_fetch(&mut self) -> Option<u64> {
+        while let Some(chunk) = self.queue.pop_front() {
+            self.queued.remove(chunk);
+            if self.remote.contains(chunk) && self.requested.contains(chunk) {
+                return Some(chunk);
+            }
+        }
+        None
     }
 
     /// A lane whose last frame the seeder has not been told about.

@@ -20,6 +20,10 @@ struct Lane {
     in_flight: VecDeque<Frame>,
 }
 
+/// What a frame takes of the window at least, in bytes: a leecher that acknowledges nothing must not make this side
+/// remember any number of frames without payload.
+const LEAST: u64 = 4096;
+
 #[derive(Debug)]
 struct Frame {
     sequence: u64,
@@ -38,12 +42,32 @@ impl Lanes {
         self.window = window;
     }
 
+    /// `set` was written since the frames in flight were read: acknowledging them says nothing about those chunks.
+    pub(super) fn outdate(&mut self, set: &ChunkBitmap) {
+        for frame in self.lanes.iter_mut().flat_map(|lane| &mut lane.in_flight) {
+            let mut current = Vec::new();
+            for run in &frame.runs {
+                let mut next = run.start.0;
+                for stale in set.runs_within(*run) {
+                    if stale.start.0 > next {
+                        current.push(ChunkRun::new(next, stale.start.0 - next));
+                    }
+                    next = stale.end();
+                }
+                if next < run.end() {
+                    current.push(ChunkRun::new(next, run.end() - next));
+                }
+            }
+            frame.runs = current;
+        }
+    }
+
     /// Whether another frame may be handed out. The last one may exceed the window by its own size.
     pub(super) fn has_room(&self) -> bool {
         let in_flight: u64 = self.lanes[1..]
             .iter()
             .flat_map(|lane| &lane.in_flight)
-            .map(|frame| frame.bytes)
+            .map(|frame| frame.bytes.max(LEAST))
             .sum();
         in_flight < self.window
     }
@@ -94,6 +118,11 @@ impl Lanes {
             lane.in_flight.pop_front();
         }
         Ok(())
+    }
+
+    /// How many answers to fetches are in flight.
+    pub(super) fn urgent_len(&self) -> usize {
+        self.lanes[usize::from(super::URGENT_LANE)].in_flight.len()
     }
 
     /// Whether no bulk frame is in flight.

@@ -1,7 +1,7 @@
 //! The script of the source: what to do at each event of the state machine.
 
 use std::io::{self, Write};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -52,6 +52,31 @@ pub(super) struct Driver<'a> {
     clock: Clock,
     counters: Counters,
     digests: Mutex<Option<Digests>>,
+    let_go: LetGo,
+}
+
+/// Holds Release back until the subject was let go, so that nothing here can run it once the message is on its way.
+#[derive(Debug, Default)]
+struct LetGo {
+    done: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl LetGo {
+    fn done(&self) {
+        *self.done.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.changed.notify_all();
+    }
+
+    /// Whether the subject was let go within `patience`. Nothing but a driver that panicked takes so long.
+    fn wait(&self, patience: Duration) -> bool {
+        let done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
+        let (done, _) = self
+            .changed
+            .wait_timeout_while(done, patience, |done| !*done)
+            .unwrap_or_else(PoisonError::into_inner);
+        *done
+    }
 }
 
 /// Moments of the cut-over, for the report.
@@ -90,6 +115,7 @@ impl<'a> Driver<'a> {
             clock: Clock::start(),
             counters: Counters::default(),
             digests: Mutex::new(None),
+            let_go: LetGo::default(),
         }
     }
 
@@ -212,6 +238,12 @@ impl<'a> Driver<'a> {
 
     fn write_control(&self, monitor: &Monitor<Seeder>, writer: &Mutex<LaneWriter>) {
         while let Some(message) = monitor.next_message() {
+            if let Message::Release { .. } = message {
+                monitor.wake_driver();
+                if !self.let_go.wait(LINGER) {
+                    return;
+                }
+            }
             let sent = lock(writer).send(&message, &[]);
             if let Err(error) = sent {
                 monitor.tell(|seeder| {
@@ -255,14 +287,9 @@ impl<'a> Driver<'a> {
                     moments.post_copy = decision == Decision::PostCopy;
                     self.cut_over(monitor, writer, subject, &mut moments)
                 }
-                Event::Release => {
-                    // Under the lock: Release is not on its way before the subject was let go, and the subject is not
-                    // let go if the session has just failed.
-                    monitor.tell(|seeder| {
-                        if seeder.handle_release() {
-                            subject.release();
-                        }
-                    });
+                Event::Released => {
+                    subject.release();
+                    self.let_go.done();
                     self.mark(&mut moments, "released");
                     Ok(())
                 }
