@@ -1,3 +1,29 @@
-//! The command for operators.
+//! The command for operators: turns arguments into calls of the library, and its answers into text or JSON.
 
-fn main() {}
+mod args;
+mod bench;
+mod exit;
+mod output;
+mod qemu;
+mod signals;
+
+use clap::Parser;
+
+use args::{Command, QemuCommand};
+use output::Output;
+
+fn main() -> std::process::ExitCode {
+    let arguments = args::Arguments::parse();
+    let (json, result) = match arguments.command {
+        Command::Qemu(QemuCommand::Receive(receive)) => {
+            let output = Output::new(receive.json);
+            (receive.json, qemu::receive::run(&receive, output))
+        }
+        Command::Qemu(QemuCommand::Send(send)) => {
+            let output = Output::new(send.json);
+            (send.json, qemu::send::run(&send, output))
+        }
+        Command::Bench { arguments } => (false, bench::run(&arguments)),
+    };
+    exit::report(result, json)
+}

@@ -1,0 +1,24 @@
+//! `memferry bench`: the suites boot guests, so they are a program of their own, which is run from here.
+
+use std::ffi::OsString;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::Context;
+
+/// Becomes `memferry-bench`, which lies beside this program or on the path.
+pub(crate) fn run(arguments: &[OsString]) -> anyhow::Result<()> {
+    let beside = std::env::current_exe()
+        .ok()
+        .map(|path| path.with_file_name("memferry-bench"))
+        .filter(|path| path.exists());
+    let program = beside.unwrap_or_else(|| PathBuf::from("memferry-bench"));
+    let error = Command::new(&program).args(arguments).exec();
+    Err(error).with_context(|| {
+        format!(
+            "cannot run {}: build it with `cargo build --release -p guest-test --bin memferry-bench`",
+            program.display()
+        )
+    })
+}

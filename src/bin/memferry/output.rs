@@ -1,0 +1,173 @@
+//! What the user sees while it goes on: a progress bar, lines, or JSON.
+
+use std::io::{self, IsTerminal};
+use std::sync::mpsc::{self, Sender};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use bytesize::ByteSize;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use memferry::migrate::{Phase, Progress};
+use serde::Serialize;
+
+/// Where a command's words go.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Output {
+    json: bool,
+}
+
+impl Output {
+    pub(crate) fn new(json: bool) -> Self {
+        Self { json }
+    }
+
+    /// A result, for programs; `event` names it.
+    pub(crate) fn event(self, event: &str, fields: &impl Serialize) {
+        if !self.json {
+            return;
+        }
+        let mut value = serde_json::to_value(fields).unwrap_or_default();
+        if let Some(map) = value.as_object_mut() {
+            map.insert("event".into(), event.into());
+        }
+        println!("{value}");
+    }
+
+    /// A line of the final report, for people.
+    pub(crate) fn line(self, line: &str) {
+        if !self.json {
+            println!("{line}");
+        }
+    }
+
+    /// A remark while it goes on, for people.
+    pub(crate) fn remark(self, remark: &str) {
+        if !self.json {
+            eprintln!("{remark}");
+        }
+    }
+
+    /// Starts to show progress; ends when the sender is dropped.
+    pub(crate) fn progress(self) -> (Sender<Progress>, JoinHandle<()>) {
+        let (sender, receiver) = mpsc::channel::<Progress>();
+        let thread = std::thread::spawn(move || {
+            let mut view = View::new(self);
+            for progress in receiver {
+                view.show(&progress);
+            }
+            view.bar.finish_and_clear();
+        });
+        (sender, thread)
+    }
+}
+
+#[derive(Debug)]
+struct View {
+    output: Output,
+    bar: ProgressBar,
+    terminal: bool,
+}
+
+impl View {
+    fn new(output: Output) -> Self {
+        let terminal = io::stderr().is_terminal() && !output.json;
+        let target = if terminal {
+            ProgressDrawTarget::stderr_with_hz(10)
+        } else {
+            ProgressDrawTarget::hidden()
+        };
+        let style = ProgressStyle::with_template("{prefix:10} [{bar:30}] {bytes}/{total_bytes} {msg}")
+            .unwrap_or_else(|_| ProgressStyle::default_bar())
+            .progress_chars("=> ");
+        let bar = ProgressBar::with_draw_target(Some(0), target).with_style(style);
+        Self {
+            output,
+            bar,
+            terminal,
+        }
+    }
+
+    fn show(&mut self, progress: &Progress) {
+        if self.output.json {
+            if let Ok(line) = serde_json::to_string(progress) {
+                println!("{line}");
+            }
+            return;
+        }
+        match progress {
+            Progress::Phase { phase, at } => {
+                self.bar.set_prefix(name(*phase));
+                if !self.terminal {
+                    self.output.remark(&format!("{at:8.3} s  {}", name(*phase)));
+                }
+            }
+            Progress::Update {
+                total,
+                remaining,
+                rate,
+                dirty_rate,
+                predicted_blackout,
+                faults,
+                round,
+                ..
+            } => {
+                self.bar.set_length(*total);
+                self.bar.set_position(total.saturating_sub(*remaining));
+                let mut message = format!("round {round}, {}/s", ByteSize(*rate));
+                if let Some(dirty) = dirty_rate {
+                    message += &format!(", dirtied {}/s", ByteSize(*dirty));
+                }
+                if let Some(blackout) = predicted_blackout {
+                    message += &format!(", blackout {}", milliseconds(*blackout));
+                }
+                if *faults > 0 {
+                    message += &format!(", {faults} faults");
+                }
+                self.bar.set_message(message);
+            }
+            Progress::Round {
+                round,
+                at,
+                dirty,
+                predicted_blackout,
+                ..
+            } if !self.terminal => self.output.remark(&format!(
+                "{at:8.3} s  round {round} left {} dirty; a standstill now would take {}",
+                ByteSize(*dirty),
+                milliseconds(*predicted_blackout)
+            )),
+            Progress::HandedOver { at, .. } if !self.terminal => self
+                .output
+                .remark(&format!("{at:8.3} s  the guest runs at the destination")),
+            _ => {}
+        }
+    }
+}
+
+fn name(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Greeting => "greeting",
+        Phase::PreCopy => "pre-copy",
+        Phase::CutOver => "cut-over",
+        Phase::PostCopy => "post-copy",
+        Phase::Verifying => "verifying",
+        Phase::Done => "done",
+    }
+}
+
+/// Seconds as a person reads them.
+pub(crate) fn seconds(seconds: f64) -> String {
+    if seconds < 1.0 {
+        milliseconds(seconds)
+    } else {
+        format!("{seconds:.2} s")
+    }
+}
+
+fn milliseconds(seconds: f64) -> String {
+    let span = Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX);
+    if span > Duration::from_secs(100) {
+        return "more than 100 s".into();
+    }
+    format!("{:.1} ms", seconds * 1000.0)
+}

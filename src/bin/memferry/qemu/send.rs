@@ -1,0 +1,165 @@
+//! `memferry qemu send`.
+
+use std::net::ToSocketAddrs;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use bytesize::ByteSize;
+use memferry::migrate::{
+    self, Budget, Forecast, SeedError, SeedOptions, SeedOutcome, SeedReport,
+};
+use memferry::subject::qemu::{Machine, OutgoingQemu, Qmp};
+use memferry::transport::Session;
+
+use super::{check_encryption, ram};
+use crate::args::Send;
+use crate::exit::Different;
+use crate::output::{Output, seconds};
+use crate::signals::cancel_on_signal;
+
+/// How long the connections to the receiver may take to stand.
+const CONNECT: Duration = Duration::from_secs(10);
+
+/// Sends the guest.
+pub(crate) fn run(args: &Send, output: Output) -> anyhow::Result<()> {
+    let address = args.pairing.address.to_socket_addrs();
+    let address = address
+        .with_context(|| format!("cannot resolve {}", args.pairing.address))?
+        .next()
+        .with_context(|| format!("{} has no address", args.pairing.address))?;
+    check_encryption(address, args.insecure)?;
+    let cancel = cancel_on_signal()?;
+    let patience = args.patience.guest_timeout;
+    let deadline = Instant::now() + patience;
+    let mut qmp = Qmp::connect(&args.qmp, deadline)?;
+    let machine = Machine::inspect(&mut qmp, deadline)?;
+    let mut subject = OutgoingQemu::new(qmp, machine.clone())?;
+
+    let options = SeedOptions {
+        budget: Budget {
+            downtime: migrate_proto::Micros(
+                u64::try_from(args.downtime_limit.as_micros()).unwrap_or(u64::MAX),
+            ),
+            post_copy: args.post_copy.into(),
+            ..Budget::default()
+        },
+        bandwidth: args.max_bandwidth.map(|ByteSize(bytes)| bytes.max(1)),
+        verify: args.verify.into(),
+        dry_run: args.dry_run,
+        silence: args.patience.peer_timeout,
+        subject_deadline: patience,
+        ..SeedOptions::default()
+    };
+    let ram = ram::source(&machine, options.chunk_size)?;
+    if let Some(error) = ram.slow {
+        output.remark(&format!(
+            "memferry: cannot attach to QEMU, so writes are found by reading all of its memory, which is slow: {error:#}"
+        ));
+    }
+    let session = Session::connect(
+        &args.pairing,
+        args.lanes,
+        args.patience.peer_timeout,
+        Instant::now() + CONNECT,
+    )?;
+    if !args.dry_run {
+        subject.prepare(Instant::now() + patience)?;
+    }
+    let (progress, shown) = output.progress();
+    let result = migrate::seed(
+        &session,
+        &ram.regions,
+        &mut subject,
+        &options,
+        Some(progress),
+        &cancel,
+    );
+    let _ = shown.join();
+    conclude(result, output)
+}
+
+fn conclude(result: Result<SeedOutcome, SeedError>, output: Output) -> anyhow::Result<()> {
+    match result? {
+        SeedOutcome::Forecast(forecast) => {
+            output.event("forecast", &forecast);
+            tell_forecast(&forecast, output);
+            Ok(())
+        }
+        SeedOutcome::Moved(report) => {
+            output.event("report", &report);
+            tell_report(&report, output);
+            match report.verified {
+                Some(verdict) if verdict.different > 0 => Err(Different {
+                    different: verdict.different,
+                    compared: verdict.compared,
+                }
+                .into()),
+                _ => Ok(()),
+            }
+        }
+    }
+}
+
+fn tell_report(report: &SeedReport, output: Output) {
+    output.line("The guest runs at the destination, and all of its memory is there.");
+    output.line(&format!("  total        {}", seconds(report.total)));
+    output.line(&format!("  blackout     {}", seconds(report.blackout)));
+    for (what, took) in &report.blackout_parts {
+        output.line(&format!("    {what:<16} {}", seconds(*took)));
+    }
+    let traffic = report.traffic;
+    output.line(&format!(
+        "  sent         {} ({} of memory, {} of zeros for nothing), device state {}",
+        ByteSize(traffic.wire_bytes),
+        ByteSize(traffic.memory_bytes),
+        ByteSize(traffic.zero_bytes),
+        ByteSize(report.state_bytes)
+    ));
+    output.line(&format!(
+        "  rounds       {}{}",
+        report.rounds,
+        if report.post_copy {
+            ", then post-copy"
+        } else {
+            ""
+        }
+    ));
+    if report.faults > 0 {
+        output.line(&format!("  faults       {}", report.faults));
+    }
+    if let Some(verdict) = report.verified {
+        output.line(&format!(
+            "  verified     {} chunks compared, {} differ",
+            verdict.compared, verdict.different
+        ));
+    }
+    if let Some(span) = report.verify_blackout {
+        output.line(&format!("               which took {} of the blackout", seconds(span)));
+    }
+}
+
+fn tell_forecast(forecast: &Forecast, output: Output) {
+    output.line("Both sides fit together; nothing was changed.");
+    output.line(&format!(
+        "  memory       {}, {} of it with data",
+        ByteSize(forecast.bytes),
+        ByteSize(forecast.data_bytes)
+    ));
+    output.line(&format!("  dirtied      {}/s", ByteSize(forecast.dirty_rate)));
+    output.line(&format!("  link         {}/s", ByteSize(forecast.bandwidth)));
+    if forecast.gives_up {
+        output.line("  A migration would not converge: allow post-copy or raise the downtime limit.");
+        return;
+    }
+    output.line(&format!(
+        "  expected     {} rounds{}, {} until the destination runs, {} blackout",
+        forecast.rounds,
+        if forecast.post_copy {
+            " and post-copy"
+        } else {
+            ""
+        },
+        seconds(forecast.time),
+        seconds(forecast.blackout)
+    ));
+}

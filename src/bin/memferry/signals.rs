@@ -1,0 +1,29 @@
+//! Ctrl-C and SIGTERM: the first one cancels, a second one says what is waited for.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use memferry::migrate::Cancel;
+
+/// A wish to cancel that the user's signals express.
+///
+/// # Errors
+/// If the process cannot handle signals.
+pub(crate) fn cancel_on_signal() -> anyhow::Result<Cancel> {
+    let cancel = Cancel::default();
+    let handle = cancel.clone();
+    let count = AtomicUsize::new(0);
+    ctrlc::set_handler(move || {
+        let before = count.fetch_add(1, Ordering::Relaxed);
+        handle.cancel();
+        if before == 0 {
+            eprintln!("memferry: cancelling; the guest runs on at the source if ownership has not passed yet");
+        } else {
+            eprintln!(
+                "memferry: still waiting: until hand-over for QEMU to answer, so that the guest can run on; after \
+                 hand-over for the rest of its memory, which only the source has. If this process is killed now, the \
+                 guest may be left suspended, or waiting for memory"
+            );
+        }
+    })?;
+    Ok(cancel)
+}
