@@ -1,3 +1,5 @@
 //! Owned, safe wrappers around what needs `unsafe`: the only folder of this crate that may.
 //!
 //! Memory that others write is never lent as `&[u8]`. Layouts and ioctl numbers are asserted at compile time.
+
+pub mod ptrace;
