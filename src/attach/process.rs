@@ -59,12 +59,6 @@ impl Status {
         self.number("Seccomp")
     }
 
-    pub(super) fn state(&self) -> char {
-        self.field("State")
-            .and_then(|field| field.chars().next())
-            .unwrap_or('?')
-    }
-
     /// Whether returns are checked against a shadow stack, which a borrowed `ret` would not match.
     pub(super) fn has_shadow_stack(&self) -> bool {
         self.field("x86_Thread_features")

@@ -212,6 +212,7 @@ fn compute(counter: &Counter) -> ! {
     for round in 1.. {
         check_the_cpu_state();
         check_arithmetic();
+        check_the_signal_mask();
         counter.set(0, round);
     }
     unreachable!()
@@ -270,6 +271,24 @@ fn check_the_cpu_state() {
     }
     let right = [rcx, rdi, xmm, ymm, zone, low] == [A; 6] && [r11, r10] == [B; 2];
     if !right || x87.to_bits() != std::f64::consts::PI.to_bits() {
+        std::process::abort();
+    }
+}
+
+/// No victim blocks a signal outside a call.
+fn check_the_signal_mask() {
+    let mut mask = 0_u64;
+    // SAFETY: the kernel writes the 8 bytes of its mask.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_rt_sigprocmask,
+            libc::SIG_BLOCK,
+            std::ptr::null::<u64>(),
+            &raw mut mask,
+            8,
+        )
+    };
+    if result != 0 || mask != 0 {
         std::process::abort();
     }
 }
@@ -344,6 +363,7 @@ fn block(call: &str, counter: &Counter) -> ! {
                 continue;
             }
         }
+        check_the_signal_mask();
         rounds += 1;
         counter.set(0, rounds);
     }
