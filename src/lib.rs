@@ -1,5 +1,6 @@
 //! Ferries the memory of running virtual machines and processes from one Linux host to another while they run.
 
+pub mod attach;
 pub mod backend;
 pub mod chunk;
 pub mod dirty;

@@ -40,14 +40,20 @@ impl Report {
     /// Whether the destination's memory was proved to be the source's.
     #[must_use]
     pub fn is_verified(&self) -> bool {
-        // Every end that says something about it has to say yes.
-        let mut said = self
+        // Every end that says something about it has to say that something was compared and nothing differs.
+        let mut verdicts = self
             .sent
             .iter()
             .chain(&self.received)
-            .filter_map(|event| event.get("verified"))
+            .filter(|event| event["event"] == "verified")
             .peekable();
-        said.peek().is_some() && said.all(|verified| *verified == Value::Bool(true))
+        verdicts.peek().is_some()
+            && verdicts.all(|verdict| {
+                verdict["different"].as_u64() == Some(0)
+                    && verdict["compared"]
+                        .as_u64()
+                        .is_some_and(|compared| compared > 0)
+            })
     }
 }
 

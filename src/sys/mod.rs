@@ -5,5 +5,6 @@
 pub mod mapping;
 pub mod memfd;
 pub mod pagemap;
+pub mod ptrace;
 pub mod sparse;
 pub mod uffd;

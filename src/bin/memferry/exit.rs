@@ -26,7 +26,10 @@ pub(crate) fn report(result: anyhow::Result<()>, json: bool) -> ExitCode {
     let code = code(&error);
     let message = message(&error);
     if json {
-        println!("{}", json!({ "event": "error", "exit": code, "message": message }));
+        println!(
+            "{}",
+            json!({ "event": "error", "exit": code, "message": message })
+        );
     }
     eprintln!("memferry: {message}");
     ExitCode::from(code)
@@ -41,7 +44,9 @@ fn code(error: &anyhow::Error) -> u8 {
         | (
             _,
             Some(
-                LeechError::Lost { .. } | LeechError::Undecided { .. } | LeechError::NotRunning { .. },
+                LeechError::Lost { .. }
+                | LeechError::Undecided { .. }
+                | LeechError::NotRunning { .. },
             ),
         ) => 3,
         _ if error.is::<Different>() => 4,

@@ -16,7 +16,9 @@ pub(crate) fn cancel_on_signal() -> anyhow::Result<Cancel> {
         let before = count.fetch_add(1, Ordering::Relaxed);
         handle.cancel();
         if before == 0 {
-            eprintln!("memferry: cancelling; the guest runs on at the source if ownership has not passed yet");
+            eprintln!(
+                "memferry: cancelling; the guest runs on at the source if ownership has not passed yet"
+            );
         } else {
             eprintln!(
                 "memferry: still waiting: until hand-over for QEMU to answer, so that the guest can run on; after \

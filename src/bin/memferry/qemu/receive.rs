@@ -40,8 +40,8 @@ pub(crate) fn run(args: &Receive, output: Output) -> anyhow::Result<()> {
         subject_deadline: patience,
         ..LeechOptions::default()
     };
-    let listener = Listener::bind(args.listen)
-        .with_context(|| format!("cannot listen at {}", args.listen))?;
+    let listener =
+        Listener::bind(args.listen).with_context(|| format!("cannot listen at {}", args.listen))?;
     let pairing = Pairing::new(advertised(args, listener.local_addr()?))?;
     tell_pairing(&pairing, output);
     loop {
@@ -86,7 +86,9 @@ fn advertised(args: &Receive, listening: SocketAddr) -> String {
 fn tell_pairing(pairing: &Pairing, output: Output) {
     let string = pairing.to_string();
     output.event("pairing", &json!({ "string": string }));
-    output.line(&format!("On the source, run:\n\n  memferry qemu send --qmp SOCKET '{string}'\n"));
+    output.line(&format!(
+        "On the source, run:\n\n  memferry qemu send --qmp SOCKET '{string}'\n"
+    ));
     output.remark("Waiting for the source. Whoever has this string can send a guest here, once.");
 }
 
@@ -116,7 +118,9 @@ fn accept(
                 bail!("no source has come; nothing was migrated")
             }
             Err(ConnectError::Incomplete) => {
-                output.remark("memferry: a source has come and gone before it was connected; still waiting");
+                output.remark(
+                    "memferry: a source has come and gone before it was connected; still waiting",
+                );
             }
             Err(error) => return Err(error.into()),
         }

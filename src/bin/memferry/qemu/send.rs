@@ -5,9 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use bytesize::ByteSize;
-use memferry::migrate::{
-    self, Budget, Forecast, SeedError, SeedOptions, SeedOutcome, SeedReport,
-};
+use memferry::migrate::{self, Budget, Forecast, SeedError, SeedOptions, SeedOutcome, SeedReport};
 use memferry::subject::qemu::{Machine, OutgoingQemu, Qmp};
 use memferry::transport::Session;
 
@@ -134,7 +132,10 @@ fn tell_report(report: &SeedReport, output: Output) {
         ));
     }
     if let Some(span) = report.verify_blackout {
-        output.line(&format!("               which took {} of the blackout", seconds(span)));
+        output.line(&format!(
+            "               which took {} of the blackout",
+            seconds(span)
+        ));
     }
 }
 
@@ -145,10 +146,17 @@ fn tell_forecast(forecast: &Forecast, output: Output) {
         ByteSize(forecast.bytes),
         ByteSize(forecast.data_bytes)
     ));
-    output.line(&format!("  dirtied      {}/s", ByteSize(forecast.dirty_rate)));
-    output.line(&format!("  link         {}/s", ByteSize(forecast.bandwidth)));
+    output.line(&format!(
+        "  dirtied      {}/s",
+        ByteSize(forecast.dirty_rate)
+    ));
+    output.line(&format!(
+        "  link         {}/s",
+        ByteSize(forecast.bandwidth)
+    ));
     if forecast.gives_up {
-        output.line("  A migration would not converge: allow post-copy or raise the downtime limit.");
+        output
+            .line("  A migration would not converge: allow post-copy or raise the downtime limit.");
         return;
     }
     output.line(&format!(

@@ -1,0 +1,6 @@
+//! Tests that need root: run them with `cargo test --test privileged -- --ignored`.
+#![allow(clippy::unwrap_used, reason = "a test may panic, helpers too")]
+#![allow(unsafe_code, reason = "a victim makes raw system calls")]
+
+mod attach;
+mod victim;
