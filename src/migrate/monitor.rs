@@ -57,6 +57,8 @@ pub(super) struct Monitor<M> {
 #[derive(Debug)]
 pub(super) struct State<M> {
     pub(super) machine: M,
+    /// How often the machine was told something.
+    told: u64,
     /// The session is over: threads leave as soon as they notice.
     pub(super) closed: bool,
 }
@@ -66,6 +68,7 @@ impl<M: Machine> Monitor<M> {
         Self {
             state: Mutex::new(State {
                 machine,
+                told: 0,
                 closed: false,
             }),
             messages: Condvar::new(),
@@ -84,6 +87,7 @@ impl<M: Machine> Monitor<M> {
         let mut state = self.lock();
         let result = tell(&mut state.machine);
         let event = state.machine.has_event();
+        state.told += 1;
         drop(state);
         if event {
             self.events.notify_all();
@@ -93,20 +97,46 @@ impl<M: Machine> Monitor<M> {
         result
     }
 
-    /// The next message to send; `None` when the session is over and everything was sent.
-    pub(super) fn next_message(&self) -> Option<Message> {
-        let mut state = self.lock();
+    /// Sends the machine's messages with `send` until the session is over and all are sent, or `send` fails.
+    ///
+    /// A message is taken only while `writer` is locked, so that whoever sends something of its own in between keeps
+    /// the order: what the machine said before goes out before.
+    pub(super) fn send_messages<W, E>(
+        &self,
+        writer: &Mutex<W>,
+        mut send: impl FnMut(&mut W, &Message) -> Result<(), E>,
+    ) -> Result<(), E> {
         loop {
-            if let Some(message) = state.machine.poll_message() {
-                return Some(message);
+            let (told, closed) = {
+                let state = self.lock();
+                (state.told, state.closed)
+            };
+            self.flush(writer, &mut send)?;
+            if closed {
+                return Ok(());
             }
-            if state.closed {
-                return None;
+            let state = self.lock();
+            drop(
+                self.messages
+                    .wait_while(state, |state| state.told == told && !state.closed)
+                    .unwrap_or_else(PoisonError::into_inner),
+            );
+        }
+    }
+
+    /// Sends what the machine has to say right now.
+    pub(super) fn flush<W, E>(
+        &self,
+        writer: &Mutex<W>,
+        send: &mut impl FnMut(&mut W, &Message) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut writer = writer.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let message = self.lock().machine.poll_message();
+            match message {
+                Some(message) => send(&mut writer, &message)?,
+                None => return Ok(()),
             }
-            state = self
-                .messages
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
         }
     }
 

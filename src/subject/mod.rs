@@ -82,6 +82,9 @@ pub trait Outgoing: Debug + Send {
 
 /// The subject where it will run.
 pub trait Incoming: Debug + Send {
+    /// What kind of subject it takes: as [`Description::kind`] of the source.
+    fn kind(&self) -> &'static str;
+
     /// Compares the source's description with this end's.
     ///
     /// # Errors

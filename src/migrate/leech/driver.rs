@@ -89,7 +89,7 @@ impl<'a> Driver<'a> {
                 source,
             },
         };
-        let monitor = Monitor::new(Leecher::new(self.clock.now(), self.config()));
+        let monitor = Monitor::new(Leecher::new(self.clock.now(), self.config(subject)));
         let (reader, writer) = self.session.control.split().map_err(aborted)?;
         let state = IncomingState::new().map_err(aborted)?;
         let writer = Mutex::new(writer);
@@ -122,7 +122,7 @@ impl<'a> Driver<'a> {
         })
     }
 
-    fn config(&self) -> LeecherConfig {
+    fn config(&self, subject: &dyn Incoming) -> LeecherConfig {
         LeecherConfig {
             hello: Hello {
                 oldest: VERSIONS.0,
@@ -143,7 +143,7 @@ impl<'a> Driver<'a> {
                 post_copy: self.memory.can_fault(),
                 verify: Verify::Off,
                 dry_run: false,
-                kind: String::new(),
+                kind: subject.kind().into(),
                 attributes: Vec::new(),
             },
             window: self.options.window,
@@ -197,17 +197,16 @@ impl<'a> Driver<'a> {
     }
 
     fn write_control(&self, monitor: &Monitor<Leecher>, writer: &Mutex<LaneWriter>) {
-        while let Some(message) = monitor.next_message() {
-            let sent = lock(writer).send(&message, &[]);
-            if let Err(error) = sent {
-                monitor.tell(|leecher| {
-                    leecher.abort(
-                        AbortCode::Failed,
-                        format!("the connection to the source broke: {error}"),
-                    );
-                });
-                return;
-            }
+        let sent = monitor.send_messages(writer, |writer, message| {
+            writer.send(message, &[]).map(drop)
+        });
+        if let Err(error) = sent {
+            monitor.tell(|leecher| {
+                leecher.abort(
+                    AbortCode::Failed,
+                    format!("the connection to the source broke: {error}"),
+                );
+            });
         }
     }
 
@@ -439,6 +438,11 @@ impl<'a> Driver<'a> {
         writer: &Mutex<LaneWriter>,
     ) -> Result<(), LeechCause> {
         let chunks = self.layout(monitor).chunks();
+        monitor
+            .flush(writer, &mut |writer: &mut LaneWriter, message: &Message| {
+                writer.send(message, &[]).map(drop)
+            })
+            .map_err(local("cannot send the digests"))?;
         let mut first = 0;
         while first < chunks {
             let count = DIGESTS.min(chunks - first);

@@ -237,23 +237,22 @@ impl<'a> Driver<'a> {
     }
 
     fn write_control(&self, monitor: &Monitor<Seeder>, writer: &Mutex<LaneWriter>) {
-        while let Some(message) = monitor.next_message() {
+        let sent = monitor.send_messages(writer, |writer, message| {
             if let Message::Release { .. } = message {
                 monitor.wake_driver();
                 if !self.let_go.wait(LINGER) {
-                    return;
+                    return Err(io::Error::other("the guest was not let go in time"));
                 }
             }
-            let sent = lock(writer).send(&message, &[]);
-            if let Err(error) = sent {
-                monitor.tell(|seeder| {
-                    seeder.abort(
-                        AbortCode::Failed,
-                        format!("the connection to the destination broke: {error}"),
-                    );
-                });
-                return;
-            }
+            writer.send(message, &[]).map(drop)
+        });
+        if let Err(error) = sent {
+            monitor.tell(|seeder| {
+                seeder.abort(
+                    AbortCode::Failed,
+                    format!("the connection to the destination broke: {error}"),
+                );
+            });
         }
     }
 

@@ -234,6 +234,10 @@ impl IncomingQemu {
 }
 
 impl Incoming for IncomingQemu {
+    fn kind(&self) -> &'static str {
+        KIND
+    }
+
     fn accept(&self, source: &Description) -> Result<(), SubjectError> {
         let ours = self.machine.describe();
         compare(source, &ours).map_err(SubjectError::new)?;
