@@ -42,10 +42,7 @@ impl Tracee<'_> {
 
     /// Starts to trace. A tracer of our own process is one that is about to be gone: it is waited for.
     pub(super) fn seize(&self) -> Result<(), AttachError> {
-        loop {
-            let Err(source) = ptrace::seize(self.tid, ptrace::OPTION_SYSGOOD) else {
-                break;
-            };
+        while let Err(source) = ptrace::seize(self.tid, ptrace::OPTION_SYSGOOD) {
             if source.raw_os_error() != Some(libc::EPERM) {
                 return Err(self.refused("trace a thread")(source));
             }

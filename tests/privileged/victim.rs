@@ -315,6 +315,10 @@ fn block(call: &str, counter: &Counter) -> ! {
     let mut rounds = 1;
     loop {
         let start = Instant::now();
+        #[allow(
+            clippy::multiple_unsafe_ops_per_block,
+            reason = "one of them is executed"
+        )]
         // SAFETY: every pointer is to a local that lives through the call.
         let result: libc::c_long = unsafe {
             match call {

@@ -100,6 +100,10 @@ impl Gadgets {
     pub(in crate::attach) const LONGEST: usize = 1;
     pub(in crate::attach) const NAMES: &str = "nothing";
 
+    pub(in crate::attach) fn patterns(&self) -> [(u64, &'static [u8]); 0] {
+        []
+    }
+
     pub(in crate::attach) fn after_call(&self) -> u64 {
         0
     }
