@@ -3,13 +3,13 @@
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use memferry::attach::{AttachError, Keep, Step, Target};
 
-use crate::victim::{Victim, this_binary, wait_until};
+use crate::victim::{NOBODY, Victim, this_binary, wait_until};
 
 /// Every step after which an injector can be killed, in order.
 const STEPS: [Step; 24] = [
@@ -39,14 +39,19 @@ const STEPS: [Step; 24] = [
     Step::Detached,
 ];
 
-/// Set for a process that is to be an injector: at which step it kills itself, `forever`, or `hold`.
+/// Set for a process that is to be an injector: at which step it kills itself, `forever`, `denied`, or `hold`.
 pub(crate) const DIE_AT: &str = "MEMFERRY_INJECT_DIE_AT";
 const PID: &str = "MEMFERRY_INJECT_PID";
 
-/// An injector that kills itself at a step, by name; goes on `forever` until it is killed; or `hold`s its target at the first stop until its standard
+/// An injector that kills itself at a step, by name; goes on `forever` until it is killed; must be `denied`; or `hold`s its target at the first stop until its standard
 /// input ends.
 pub(crate) fn inject_and_die(at: &str) -> ! {
     let pid = std::env::var(PID).unwrap().parse().unwrap();
+    if at == "denied" {
+        let denied = matches!(Target::open(pid), Err(AttachError::Permission { .. }));
+        // SAFETY: as below.
+        unsafe { libc::_exit(if denied { 0 } else { 9 }) }
+    }
     let mut target = Target::open(pid).unwrap();
     target.overrule_seccomp(true);
     if at == "forever" {
@@ -447,6 +452,53 @@ fn a_32_bit_process_is_refused() {
     child.kill().unwrap();
     child.wait().unwrap();
     assert!(matches!(error, AttachError::Bits32 { .. }), "{error}");
+}
+
+#[test]
+#[ignore = "privileged: needs root (ptrace)"]
+fn a_process_of_another_user_is_refused() {
+    let victim = Victim::start("compute");
+    let status = injector(&victim, "denied").uid(NOBODY).status().unwrap();
+    assert!(status.success(), "{status}");
+}
+
+#[test]
+#[ignore = "privileged: needs root (ptrace)"]
+fn an_unprivileged_target_gets_what_it_is_allowed() {
+    let mut victim = Victim::start("unprivileged");
+    let allowed = std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").unwrap();
+    let everything = allowed.trim() == "1";
+    let target = Target::open(victim.pid()).unwrap();
+    let stolen = target.userfaultfd(Keep::Close).unwrap();
+    assert_eq!(stolen.user_mode_only, !everything);
+    match target.userfaultfd(Keep::Keep) {
+        Ok(stolen) => {
+            assert!(everything);
+            target.close_remote(stolen.remote.unwrap()).unwrap();
+        }
+        Err(error) => {
+            assert!(!everything);
+            assert!(matches!(error, AttachError::Userfaultfd { .. }), "{error}");
+        }
+    }
+    victim.must_be_well("after both");
+}
+
+#[test]
+#[ignore = "privileged: needs root (ptrace)"]
+fn memory_below_a_stack_of_unknown_size_is_never_written() {
+    let mut victim = Victim::start("coroutine");
+    let target = Target::open(victim.pid()).unwrap();
+    let mut refusals = 0;
+    for _ in 0..50 {
+        match target.userfaultfd(Keep::Close) {
+            Ok(_) => {} // it was caught between two spins
+            Err(AttachError::NoStack { .. }) => refusals += 1,
+            Err(error) => panic!("{error}"),
+        }
+        victim.must_be_well("after an attempt");
+    }
+    assert!(refusals > 0);
 }
 
 #[test]

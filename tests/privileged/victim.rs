@@ -14,6 +14,9 @@ use rustix::fs::MemfdFlags;
 const KIND: &str = "MEMFERRY_VICTIM";
 const COUNTER: &str = "MEMFERRY_COUNTER";
 
+/// A user without privileges.
+pub(crate) const NOBODY: u32 = 65534;
+
 /// How long anything in these tests may take.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -203,6 +206,12 @@ fn be_a_victim(kind: &str, counter: &Counter) -> ! {
             filter_userfaultfd(libc::SECCOMP_RET_ERRNO | 1);
             compute(counter)
         }
+        "unprivileged" => {
+            // SAFETY: changes the user of this process, which has one thread.
+            assert_eq!(unsafe { libc::setuid(NOBODY) }, 0);
+            compute(counter)
+        }
+        "coroutine" => compute_on_a_stack_among_other_memory(counter),
         "signals" => count_signals(counter),
         blocked => block(blocked, counter),
     }
@@ -273,6 +282,32 @@ fn check_the_cpu_state() {
     if !right || x87.to_bits() != std::f64::consts::PI.to_bits() {
         std::process::abort();
     }
+}
+
+/// As a runtime with small stacks does: spins with the stack pointer in the middle of a buffer whose other bytes
+/// are in use.
+fn compute_on_a_stack_among_other_memory(counter: &Counter) -> ! {
+    const BYTE: u8 = 0xa5;
+    let mut memory = vec![BYTE; 64 << 10];
+    for round in 1.. {
+        let stack = memory[32 << 10..].as_mut_ptr();
+        // SAFETY: while the stack pointer is elsewhere nothing uses the stack, and no signal has a handler.
+        unsafe {
+            std::arch::asm!(
+                "xchg rsp, {stack}",
+                "2: dec {spins}",
+                "jnz 2b",
+                "xchg rsp, {stack}",
+                stack = inout(reg) stack => _,
+                spins = inout(reg) 2_000_000_u64 => _,
+            );
+        }
+        if memory.iter().any(|&byte| byte != BYTE) {
+            std::process::abort();
+        }
+        counter.set(0, round);
+    }
+    unreachable!()
 }
 
 /// No victim blocks a signal outside a call.
