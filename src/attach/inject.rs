@@ -12,7 +12,7 @@ use super::arch::{Call, Frame, Gadgets, Registers};
 use super::code::Code;
 use super::inspect::{self, Prepared};
 use super::mappings::{self, Mapping};
-use super::tracee::Tracee;
+use super::tracee::{self, Tracee};
 use super::{AttachError, process};
 use crate::sys::ptrace::{self, Resume};
 
@@ -122,7 +122,7 @@ fn in_some_thread(
 ) -> Result<Outcome, AttachError> {
     let pid = site.pid;
     let started = Instant::now();
-    let threads = process::threads(pid)?;
+    let threads = threads_to_stop(site, started)?;
     let mappings = mappings::of_process(pid)?; // after the threads, so that it has their stacks
     let code = {
         let mut known = site.gadgets.lock().unwrap_or_else(PoisonError::into_inner);
@@ -130,12 +130,7 @@ fn in_some_thread(
         *known = Some(code.gadgets);
         code
     };
-    let mut last = AttachError::Deadline {
-        pid,
-        tid: pid,
-        state: process::state(pid, pid),
-        limit: site.limit,
-    };
+    let mut last = None;
     for tid in threads {
         let mut injection = Injection {
             tracee: Tracee {
@@ -151,11 +146,22 @@ fn in_some_thread(
             on_step,
         };
         match injection.run(job) {
-            Err(error) if error.depends_on_the_thread() => last = error,
+            Err(error) if error.depends_on_the_thread() => last = Some(error),
             result => return result,
         }
     }
-    Err(last)
+    Err(last.expect("there was a thread, and it was refused"))
+}
+
+/// The threads to try, of which there is one at least. Waits while none can be stopped.
+fn threads_to_stop(site: Site<'_>, started: Instant) -> Result<Vec<u32>, AttachError> {
+    loop {
+        let threads = process::threads(site.pid)?;
+        if !threads.is_empty() {
+            return Ok(threads);
+        }
+        tracee::tick(site.pidfd, site.pid, site.pid, started, site.limit)?;
+    }
 }
 
 /// One attempt in one thread.

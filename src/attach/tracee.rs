@@ -77,21 +77,9 @@ impl Tracee<'_> {
         Ok(())
     }
 
-    /// Waits a little for the process to end.
     fn tick(&self) -> Result<(), AttachError> {
-        if has_exited(self.pidfd, &TICK) {
-            return Err(AttachError::Exited { pid: self.pid });
-        }
-        if self.started.elapsed() > self.limit {
-            let tid = self.tid.unsigned_abs();
-            return Err(AttachError::Deadline {
-                pid: self.pid,
-                tid,
-                state: process::state(self.pid, tid),
-                limit: self.limit,
-            });
-        }
-        Ok(())
+        let tid = self.tid.unsigned_abs();
+        tick(self.pidfd, self.pid, tid, self.started, self.limit)
     }
 
     fn next_stop(&self) -> Result<Stop, AttachError> {
@@ -144,6 +132,28 @@ impl Tracee<'_> {
     pub(super) fn detach(&self) -> Result<(), AttachError> {
         ptrace::detach(self.tid, 0).map_err(self.refused("let go of a thread"))
     }
+}
+
+/// Waits a little, for a process to end at the same time. An error once `limit` has passed since `started`.
+pub(super) fn tick(
+    pidfd: BorrowedFd<'_>,
+    pid: u32,
+    tid: u32,
+    started: Instant,
+    limit: Duration,
+) -> Result<(), AttachError> {
+    if has_exited(pidfd, &TICK) {
+        return Err(AttachError::Exited { pid });
+    }
+    if started.elapsed() > limit {
+        return Err(AttachError::Deadline {
+            pid,
+            tid,
+            state: process::state(pid, tid),
+            limit,
+        });
+    }
+    Ok(())
 }
 
 /// Whether a process has ended, waiting for it for a while.

@@ -503,6 +503,26 @@ fn memory_below_a_stack_of_unknown_size_is_never_written() {
 
 #[test]
 #[ignore = "privileged: needs root (ptrace)"]
+fn a_thread_that_cannot_be_stopped_is_given_up_at_the_deadline() {
+    let victim = Victim::start("uninterruptible");
+    wait_until("the victim cannot be interrupted", || {
+        victim.states() == ['D']
+    });
+    let start = Instant::now();
+    let error = Target::open(victim.pid())
+        .unwrap()
+        .userfaultfd(Keep::Close)
+        .unwrap_err();
+    assert!(
+        matches!(error, AttachError::Deadline { state: 'D', .. }),
+        "{error}"
+    );
+    assert!(start.elapsed() < Duration::from_secs(4));
+    assert_eq!(victim.status("TracerPid"), "0");
+}
+
+#[test]
+#[ignore = "privileged: needs root (ptrace)"]
 fn a_target_that_dies_is_an_error() {
     let mut victim = Victim::start("compute");
     let target = Target::open(victim.pid()).unwrap();

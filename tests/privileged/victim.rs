@@ -211,6 +211,7 @@ fn be_a_victim(kind: &str, counter: &Counter) -> ! {
             assert_eq!(unsafe { libc::setuid(NOBODY) }, 0);
             compute(counter)
         }
+        "uninterruptible" => wait_uninterruptibly(counter),
         "coroutine" => compute_on_a_stack_among_other_memory(counter),
         "signals" => count_signals(counter),
         blocked => block(blocked, counter),
@@ -308,6 +309,23 @@ fn compute_on_a_stack_among_other_memory(counter: &Counter) -> ! {
         counter.set(0, round);
     }
     unreachable!()
+}
+
+/// Waits in state D, as for a disk: for a child that never gives back what it borrowed.
+fn wait_uninterruptibly(counter: &Counter) -> ! {
+    counter.set(0, 1);
+    let flags = libc::CLONE_VFORK | libc::SIGCHLD;
+    // SAFETY: without CLONE_VM this is a fork that waits; the child only waits to be killed with us.
+    let child = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
+    if child == 0 {
+        // SAFETY: asks to be killed when the parent dies.
+        unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+        loop {
+            // SAFETY: waits for a signal.
+            unsafe { libc::pause() };
+        }
+    }
+    std::process::abort()
 }
 
 /// No victim blocks a signal outside a call.
