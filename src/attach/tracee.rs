@@ -9,12 +9,13 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use super::{AttachError, process};
 use crate::sys::ptrace::{self, Resume, Stop, Tid};
 
-/// How often a stop is asked for without sleeping in between: about as long as a healthy one takes.
-const EAGER_ROUNDS: u32 = 400;
+/// For how long a stop is asked for without sleeping in between: as long as a healthy one takes. Measured, not
+/// counted: on a busy machine a single yield can take longer, and one who sleeps is woken sooner.
+const EAGER: Duration = Duration::from_micros(60);
 /// The sleep between two questions after that. A tracer has no file descriptor to wait on for a stop.
 const TICK: Timespec = Timespec {
     tv_sec: 0,
-    tv_nsec: 100_000,
+    tv_nsec: 50_000,
 };
 
 /// A thread that the calling thread traces.
@@ -83,14 +84,13 @@ impl Tracee<'_> {
     }
 
     fn next_stop(&self) -> Result<Stop, AttachError> {
-        let mut rounds = 0;
+        let asked = Instant::now();
         loop {
             let stop = ptrace::take_stop(self.tid).map_err(self.refused("wait for a thread"))?;
             if let Some(stop) = stop {
                 return Ok(stop);
             }
-            if rounds < EAGER_ROUNDS {
-                rounds += 1;
+            if asked.elapsed() < EAGER {
                 std::thread::yield_now();
             } else {
                 self.tick()?;

@@ -117,10 +117,6 @@ impl Search {
         true
     }
 
-    pub(in crate::attach) fn is_complete(&self) -> bool {
-        true
-    }
-
     pub(in crate::attach) fn found(&self) -> Option<Gadgets> {
         None
     }

@@ -296,11 +296,6 @@ impl Search {
             restorers.find_map(|(which, pattern)| Some((find(pattern)?, which)))
         });
         self.pop = self.pop.or_else(|| find(Gadgets::POP));
-        self.is_complete()
-    }
-
-    /// Whether there is nothing better to find.
-    pub(in crate::attach) fn is_complete(&self) -> bool {
         self.call.is_some() && self.restorer.is_some()
     }
 
