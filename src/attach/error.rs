@@ -125,6 +125,14 @@ pub enum AttachError {
         /// The last thread that was tried.
         tid: u32,
     },
+    /// The process called exec(2) meanwhile.
+    #[error(
+        "process {pid} executed another program meanwhile; if that is the one meant, try again"
+    )]
+    Replaced {
+        /// The process.
+        pid: u32,
+    },
     /// The target's code lacks instructions that injection needs.
     #[error("process {pid} has no code with {names}; it uses no known C library or runtime")]
     NoGadget {

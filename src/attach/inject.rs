@@ -1,23 +1,22 @@
 //! Makes one thread of the target execute a system call or two, so that the target survives our death at any
 //! moment. `docs/decisions/0003-injection-survives-its-own-death.md` has the reasoning.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::process::{PidfdGetfdFlags, pidfd_getfd};
 
-use super::arch::{Call, Frame, Gadgets, Registers, Search};
+use super::arch::{Call, Frame, Gadgets, Registers};
+use super::code::Code;
+use super::inspect::{self, Prepared};
 use super::mappings::{self, Mapping};
-use super::seccomp::{self, Action};
-use super::tracee::Tracee;
+use super::tracee::{self, Tracee};
 use super::{AttachError, process};
-use crate::sys::ptrace::{self, Instruction, Resume, Tid};
+use crate::sys::ptrace::{self, Resume};
 
-const CLOEXEC_NONBLOCK: u32 = 0x8_0800;
+pub(super) const CLOEXEC_NONBLOCK: u32 = 0x8_0800;
 /// Only faults of user code are reported. Needs no privilege, and write-protection that the kernel resolves by
 /// itself does not report any.
 const USER_MODE_ONLY: u32 = 1;
@@ -89,6 +88,8 @@ pub(super) struct Site<'a> {
     pub(super) pidfd: BorrowedFd<'a>,
     pub(super) limit: Duration,
     pub(super) overrule_seccomp: bool,
+    /// Where the gadgets were the last time.
+    pub(super) gadgets: &'a Mutex<Option<Gadgets>>,
 }
 
 /// Does `job` in some thread of the target. On failure the target was let go, unharmed.
@@ -121,15 +122,15 @@ fn in_some_thread(
 ) -> Result<Outcome, AttachError> {
     let pid = site.pid;
     let started = Instant::now();
-    let threads = process::threads(pid)?;
+    let threads = threads_to_stop(site, started)?;
     let mappings = mappings::of_process(pid)?; // after the threads, so that it has their stacks
-    let gadgets = find_gadgets(pid, &mappings)?;
-    let mut last = AttachError::Deadline {
-        pid,
-        tid: pid,
-        state: process::state(pid, pid),
-        limit: site.limit,
+    let code = {
+        let mut known = site.gadgets.lock().unwrap_or_else(PoisonError::into_inner);
+        let code = Code::find(pid, &mappings, *known)?;
+        *known = Some(code.gadgets);
+        code
     };
+    let mut last = None;
     for tid in threads {
         let mut injection = Injection {
             tracee: Tracee {
@@ -141,65 +142,26 @@ fn in_some_thread(
             },
             site,
             mappings: &mappings,
-            gadgets,
+            code: &code,
             on_step,
         };
         match injection.run(job) {
-            Err(error) if error.depends_on_the_thread() => last = error,
+            Err(error) if error.depends_on_the_thread() => last = Some(error),
             result => return result,
         }
     }
-    Err(last)
+    Err(last.expect("there was a thread, and it was refused"))
 }
 
-/// Looks for the gadgets in the code of files: nothing writes there, and libraries stay.
-fn find_gadgets(pid: u32, mappings: &[Mapping]) -> Result<Gadgets, AttachError> {
-    const PIECE: usize = 1 << 20;
-
-    let path = PathBuf::from(format!("/proc/{pid}/mem"));
-    let memory = File::open(&path).map_err(|source| process::failed(pid, path, source))?;
-    let mut code: Vec<_> = mappings
-        .iter()
-        .filter(|mapping| mapping.permissions.execute && mapping.inode != 0 && !mapping.shared)
-        .collect();
-    code.sort_by_key(|mapping| !is_c_library(mapping));
-    let mut search = Search::default();
-    let mut piece = vec![0; PIECE];
-    for mapping in code {
-        let mut at = mapping.address.start;
-        while at < mapping.address.end {
-            let left = mapping.address.end - at;
-            let length = usize::try_from(left).map_or(PIECE, |left| left.min(PIECE));
-            // What cannot be read is not looked at: the file may be shorter than its mapping.
-            let Ok(read @ 1..) = memory.read_at(&mut piece[..length], at) else {
-                break;
-            };
-            if search.look(at, &piece[..read]) {
-                break;
-            }
-            let step = if read as u64 == left {
-                read
-            } else {
-                read.saturating_sub(Gadgets::LONGEST - 1)
-            };
-            at += step.max(1) as u64;
+/// The threads to try, of which there is one at least. Waits while none can be stopped.
+fn threads_to_stop(site: Site<'_>, started: Instant) -> Result<Vec<u32>, AttachError> {
+    loop {
+        let threads = process::threads(site.pid)?;
+        if !threads.is_empty() {
+            return Ok(threads);
         }
-        if search.is_complete() {
-            break;
-        }
+        tracee::tick(site.pidfd, site.pid, site.pid, started, site.limit)?;
     }
-    search.found().ok_or(AttachError::NoGadget {
-        pid,
-        names: Gadgets::NAMES,
-    })
-}
-
-fn is_c_library(mapping: &Mapping) -> bool {
-    let name = mapping
-        .path
-        .as_deref()
-        .and_then(|path| path.file_name()?.to_str());
-    name.is_some_and(|name| name.starts_with("libc") || name.starts_with("ld-musl"))
 }
 
 /// One attempt in one thread.
@@ -207,15 +169,8 @@ struct Injection<'a> {
     tracee: Tracee<'a>,
     site: Site<'a>,
     mappings: &'a [Mapping],
-    gadgets: Gadgets,
+    code: &'a Code,
     on_step: &'a mut (dyn FnMut(Step) + Send),
-}
-
-/// A stopped thread that is found fit, and what brings it back.
-struct Prepared {
-    original: Registers,
-    mask: u64,
-    frame: Frame,
 }
 
 impl Injection<'_> {
@@ -252,131 +207,17 @@ impl Injection<'_> {
 
     /// Looks whether the stopped thread can be brought back from anywhere, and writes what does it.
     fn prepare(&mut self, job: Job<'_>) -> Result<Prepared, AttachError> {
-        let Tracee { pid, tid, .. } = self.tracee;
-        let numeric = tid.unsigned_abs();
-        let mut original = Registers::read(tid).map_err(self.tracee.refused("read registers"))?;
-        if !original.is_64_bit() {
-            return Err(AttachError::Bits32 { pid });
-        }
-        let status = process::Status::of(pid, numeric)?;
-        let in_the_way = |mode| AttachError::Unsafe { tid: numeric, mode };
-        if status.has_shadow_stack() {
-            return Err(in_the_way("has a shadow stack"));
-        }
-        let dispatches = ptrace::dispatches_syscalls(tid)
-            .map_err(self.tracee.refused("read how system calls are dispatched"))?;
-        if dispatches {
-            return Err(in_the_way(
-                "has its system calls emulated (syscall user dispatch)",
-            ));
-        }
-        self.consult_seccomp(job, &original, &status)?;
-        self.leave_restartable_sequence(&mut original)?;
-        original.hide_the_stop();
-        let mask = ptrace::signal_mask(tid).map_err(self.tracee.refused("read the signal mask"))?;
-        let no_stack = || AttachError::NoStack { pid, tid: numeric };
-        let frame = Frame::new(tid, &original, mask, &self.gadgets)
-            .map_err(self.tracee.refused("read the extended registers"))?
-            .ok_or_else(no_stack)?;
-        let room = mappings::stack_below(self.mappings, original.stack_pointer());
-        if room.is_none_or(|room| frame.address < room.start) {
-            return Err(no_stack());
-        }
+        let prepared = inspect::inspect(&self.tracee, self.site, self.mappings, self.code, job)?;
         self.step(Step::Inspected);
-        ptrace::write_memory(tid, frame.address, &frame.bytes).map_err(|_| no_stack())?;
+        let Frame { address, bytes, .. } = &prepared.frame;
+        ptrace::write_memory(self.tracee.tid, *address, bytes).map_err(|_| {
+            AttachError::NoStack {
+                pid: self.tracee.pid,
+                tid: self.tracee.tid.unsigned_abs(),
+            }
+        })?;
         self.step(Step::FrameWritten);
-        Ok(Prepared {
-            original,
-            mask,
-            frame,
-        })
-    }
-
-    /// Suspends the thread's filters. Refuses if they would do harm to what the thread executes after our death.
-    fn consult_seccomp(
-        &self,
-        job: Job<'_>,
-        registers: &Registers,
-        status: &process::Status,
-    ) -> Result<(), AttachError> {
-        let tid = self.tracee.tid;
-        let numeric = tid.unsigned_abs();
-        match status.seccomp() {
-            0 => return Ok(()),
-            2 => {}
-            _ => {
-                return Err(AttachError::Unsafe {
-                    tid: numeric,
-                    mode: "is in strict seccomp mode",
-                });
-            }
-        }
-        if !process::may_suspend_seccomp() {
-            return Err(AttachError::SeccompNeedsAdmin { tid: numeric });
-        }
-        let filters = read_filters(tid).map_err(self.tracee.refused("read seccomp filters"))?;
-        let answer = |call: Call| {
-            seccomp::evaluate(
-                &filters,
-                &seccomp::Data {
-                    number: call.number,
-                    instruction_pointer: self.gadgets.after_call(),
-                    arguments: registers.seccomp_arguments(call),
-                },
-            )
-        };
-        let forbids = |call: Call, action, overrulable| AttachError::SeccompForbids {
-            tid: numeric,
-            call: call.name,
-            action,
-            overrulable,
-        };
-        match answer(Call::RETURN) {
-            Action::Allow => {}
-            Action::Refuse => return Err(forbids(Call::RETURN, "returns an error", false)),
-            Action::Harm(action) => return Err(forbids(Call::RETURN, action, false)),
-        }
-        if let Action::Harm(action) = answer(Call::close(0)) {
-            return Err(forbids(Call::close(0), action, false));
-        }
-        if let (Job::Create { .. }, false) = (job, self.site.overrule_seccomp) {
-            let create = Call::userfaultfd(CLOEXEC_NONBLOCK);
-            if let Action::Harm(action) = answer(create) {
-                return Err(forbids(create, action, true));
-            }
-        }
-        ptrace::set_options(tid, ptrace::OPTION_SYSGOOD | ptrace::OPTION_SUSPEND_SECCOMP)
-            .map_err(self.tracee.refused("suspend seccomp"))
-    }
-
-    /// A thread stopped within a restartable sequence may not go on with it: the kernel would abort it for a
-    /// signal, and so do we. (While the thread is elsewhere the kernel forgets that it was in one.)
-    fn leave_restartable_sequence(&self, original: &mut Registers) -> Result<(), AttachError> {
-        let tid = self.tracee.tid;
-        let area = ptrace::restartable_sequences(tid)
-            .map_err(self.tracee.refused("find restartable sequences"))?;
-        let Some(area) = area.filter(|_| !original.in_call()) else {
-            return Ok(());
-        };
-        let words = |address, words: &mut [[u8; 8]]| -> Result<(), AttachError> {
-            let path = PathBuf::from(format!("/proc/{tid}/mem"));
-            File::open(&path)
-                .and_then(|memory| memory.read_exact_at(words.as_flattened_mut(), address))
-                .map_err(|source| process::failed(self.tracee.pid, path, source))
-        };
-        let mut pointer = [[0; 8]];
-        words(area + 8, &mut pointer)?; // rseq_cs
-        let descriptor = u64::from_le_bytes(pointer[0]);
-        if descriptor == 0 {
-            return Ok(());
-        }
-        let mut fields = [[0; 8]; 4]; // version and flags, start, length, where to go on abort
-        words(descriptor, &mut fields)?;
-        let [_, start, length, abort] = fields.map(u64::from_le_bytes);
-        if original.instruction_pointer().wrapping_sub(start) < length {
-            original.set_instruction_pointer(abort);
-        }
-        Ok(())
+        Ok(prepared)
     }
 
     /// Does the job. The outer error is one after which the thread is no longer ours to restore.
@@ -388,7 +229,7 @@ impl Injection<'_> {
         self.arm(&Registers::armed(
             &prepared.original,
             &prepared.frame,
-            &self.gadgets,
+            &self.code.gadgets,
         ))?;
         self.step(Step::Armed);
         // Only now: the frame unblocks them, should nobody else.
@@ -407,7 +248,7 @@ impl Injection<'_> {
                     self.arm(&Registers::armed(
                         &prepared.original,
                         &prepared.frame,
-                        &self.gadgets,
+                        &self.code.gadgets,
                     ))?;
                     result = self.create(prepared, flags)?;
                 }
@@ -482,7 +323,7 @@ impl Injection<'_> {
         self.arm(&Registers::armed_with(
             &prepared.original,
             &prepared.frame,
-            &self.gadgets,
+            &self.code.gadgets,
             close,
         ))?;
         self.step(Step::CloseArmed);
@@ -513,12 +354,4 @@ impl Injection<'_> {
         self.step(Step::RegistersRestored);
         self.tracee.detach()
     }
-}
-
-fn read_filters(tid: Tid) -> io::Result<Vec<Vec<Instruction>>> {
-    let mut filters = Vec::new();
-    while let Some(filter) = ptrace::seccomp_filter(tid, filters.len())? {
-        filters.push(filter);
-    }
-    Ok(filters)
 }

@@ -122,11 +122,9 @@ pub(super) fn of_file(pid: u32, file: &File) -> Result<Vec<Mapping>, AttachError
 /// mapping, or to a guard. `None` if the pointer may be anywhere else, such as on a goroutine's stack among other
 /// memory, where what lies below may be in use.
 pub(super) fn stack_below(mappings: &[Mapping], pointer: u64) -> Option<Range<u64>> {
-    let position = mappings.iter().position(|mapping| {
-        mapping
-            .address
-            .contains(&pointer.checked_sub(1).unwrap_or(0))
-    })?;
+    let position = mappings
+        .iter()
+        .position(|mapping| mapping.address.contains(&pointer.saturating_sub(1)))?;
     let stack = &mappings[position];
     if !stack.permissions.write || stack.shared || stack.inode != 0 {
         return None;

@@ -6,8 +6,10 @@
 //! at any moment without harm to the process.
 
 mod arch;
+mod code;
 mod error;
 mod inject;
+mod inspect;
 mod mappings;
 mod process;
 mod seccomp;
@@ -15,6 +17,7 @@ mod tracee;
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use rustix::event::Timespec;
@@ -35,6 +38,7 @@ pub struct Target {
     pid: u32,
     pidfd: OwnedFd,
     overrule_seccomp: bool,
+    gadgets: Mutex<Option<arch::Gadgets>>,
 }
 
 /// Whether the target's own descriptor of its userfaultfd stays open.
@@ -129,6 +133,7 @@ impl Target {
             pid,
             pidfd,
             overrule_seccomp: false,
+            gadgets: Mutex::new(None),
         };
         // What was read was of the process that the pidfd names, if that still has the pid.
         if target.has_exited() {
@@ -264,6 +269,7 @@ impl Target {
             pidfd: self.pidfd(),
             limit: LIMIT,
             overrule_seccomp: self.overrule_seccomp,
+            gadgets: &self.gadgets,
         }
     }
 

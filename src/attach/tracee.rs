@@ -9,12 +9,13 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use super::{AttachError, process};
 use crate::sys::ptrace::{self, Resume, Stop, Tid};
 
-/// How often a stop is asked for without sleeping in between: about as long as a healthy one takes.
-const EAGER_ROUNDS: u32 = 400;
+/// For how long a stop is asked for without sleeping in between: as long as a healthy one takes. Measured, not
+/// counted: on a busy machine a single yield can take longer, and one who sleeps is woken sooner.
+const EAGER: Duration = Duration::from_micros(60);
 /// The sleep between two questions after that. A tracer has no file descriptor to wait on for a stop.
 const TICK: Timespec = Timespec {
     tv_sec: 0,
-    tv_nsec: 100_000,
+    tv_nsec: 50_000,
 };
 
 /// A thread that the calling thread traces.
@@ -42,10 +43,7 @@ impl Tracee<'_> {
 
     /// Starts to trace. A tracer of our own process is one that is about to be gone: it is waited for.
     pub(super) fn seize(&self) -> Result<(), AttachError> {
-        loop {
-            let Err(source) = ptrace::seize(self.tid, ptrace::OPTION_SYSGOOD) else {
-                break;
-            };
+        while let Err(source) = ptrace::seize(self.tid, ptrace::OPTION_SYSGOOD) {
             if source.raw_os_error() != Some(libc::EPERM) {
                 return Err(self.refused("trace a thread")(source));
             }
@@ -80,32 +78,19 @@ impl Tracee<'_> {
         Ok(())
     }
 
-    /// Waits a little for the process to end.
     fn tick(&self) -> Result<(), AttachError> {
-        if has_exited(self.pidfd, &TICK) {
-            return Err(AttachError::Exited { pid: self.pid });
-        }
-        if self.started.elapsed() > self.limit {
-            let tid = self.tid.unsigned_abs();
-            return Err(AttachError::Deadline {
-                pid: self.pid,
-                tid,
-                state: process::state(self.pid, tid),
-                limit: self.limit,
-            });
-        }
-        Ok(())
+        let tid = self.tid.unsigned_abs();
+        tick(self.pidfd, self.pid, tid, self.started, self.limit)
     }
 
     fn next_stop(&self) -> Result<Stop, AttachError> {
-        let mut rounds = 0;
+        let asked = Instant::now();
         loop {
             let stop = ptrace::take_stop(self.tid).map_err(self.refused("wait for a thread"))?;
             if let Some(stop) = stop {
                 return Ok(stop);
             }
-            if rounds < EAGER_ROUNDS {
-                rounds += 1;
+            if asked.elapsed() < EAGER {
                 std::thread::yield_now();
             } else {
                 self.tick()?;
@@ -147,6 +132,28 @@ impl Tracee<'_> {
     pub(super) fn detach(&self) -> Result<(), AttachError> {
         ptrace::detach(self.tid, 0).map_err(self.refused("let go of a thread"))
     }
+}
+
+/// Waits a little, for a process to end at the same time. An error once `limit` has passed since `started`.
+pub(super) fn tick(
+    pidfd: BorrowedFd<'_>,
+    pid: u32,
+    tid: u32,
+    started: Instant,
+    limit: Duration,
+) -> Result<(), AttachError> {
+    if has_exited(pidfd, &TICK) {
+        return Err(AttachError::Exited { pid });
+    }
+    if started.elapsed() > limit {
+        return Err(AttachError::Deadline {
+            pid,
+            tid,
+            state: process::state(pid, tid),
+            limit,
+        });
+    }
+    Ok(())
 }
 
 /// Whether a process has ended, waiting for it for a while.

@@ -2,12 +2,14 @@
 
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use memferry::attach::{AttachError, Keep, Step, Target};
 
-use crate::victim::{Victim, this_binary, wait_until};
+use crate::victim::{NOBODY, Victim, this_binary, wait_until};
 
 /// Every step after which an injector can be killed, in order.
 const STEPS: [Step; 24] = [
@@ -37,16 +39,26 @@ const STEPS: [Step; 24] = [
     Step::Detached,
 ];
 
-/// Set for a process that is to be an injector: at which step it kills itself, `never`, or `hold`.
+/// Set for a process that is to be an injector: at which step it kills itself, `forever`, `denied`, or `hold`.
 pub(crate) const DIE_AT: &str = "MEMFERRY_INJECT_DIE_AT";
 const PID: &str = "MEMFERRY_INJECT_PID";
 
-/// An injector that kills itself at a step, by name; or `hold`s its target at the first stop until its standard
+/// An injector that kills itself at a step, by name; goes on `forever` until it is killed; must be `denied`; or `hold`s its target at the first stop until its standard
 /// input ends.
 pub(crate) fn inject_and_die(at: &str) -> ! {
     let pid = std::env::var(PID).unwrap().parse().unwrap();
+    if at == "denied" {
+        let denied = matches!(Target::open(pid), Err(AttachError::Permission { .. }));
+        // SAFETY: as below.
+        unsafe { libc::_exit(if denied { 0 } else { 9 }) }
+    }
     let mut target = Target::open(pid).unwrap();
     target.overrule_seccomp(true);
+    if at == "forever" {
+        loop {
+            target.userfaultfd(Keep::Close).unwrap();
+        }
+    }
     let mut seen = false;
     target
         .inject_with_steps(Keep::Close, &mut |step| {
@@ -121,7 +133,7 @@ fn killing_the_injector_of(kind: &str, steps: impl IntoIterator<Item = Step>) ->
         let when = format!("after the injector died at {step:?}");
         let status = injector(&victim, &format!("{step:?}")).status().unwrap();
         assert_eq!(
-            std::os::unix::process::ExitStatusExt::signal(&status),
+            status.signal(),
             Some(libc::SIGKILL),
             "the injector did not get to {step:?}: {status}"
         );
@@ -157,6 +169,39 @@ survives! {
     killing_the_injector_at_each_step_leaves_a_read_running "read" 0,
     killing_the_injector_at_each_step_leaves_a_futex_running "futex" 0..=20,
     killing_the_injector_at_each_step_leaves_a_filtered_program_running "seccomp-errno" 0,
+}
+
+/// Kills an injector that injects without end, a little later in each round than in the last.
+fn killing_the_injector_at_any_moment_of(kind: &str) {
+    let mut victim = Victim::start(kind);
+    let fds = victim.fds();
+    for round in 0..150_u32 {
+        let mut injector = injector(&victim, "forever").spawn().unwrap();
+        wait_until("the injector injects", || victim.status("TracerPid") != "0");
+        let moment = Instant::now() + Duration::from_micros(u64::from(round) * 37);
+        while Instant::now() < moment {
+            std::hint::spin_loop();
+        }
+        injector.kill().unwrap();
+        let status = injector.wait().unwrap();
+        assert_eq!(status.signal(), Some(libc::SIGKILL), "{status}");
+        victim.must_be_well(&format!("in round {round}"));
+        let target = Target::open(victim.pid()).unwrap();
+        target.reclaim_userfaultfds().unwrap();
+        assert_eq!(victim.fds(), fds);
+    }
+}
+
+#[test]
+#[ignore = "privileged: needs root (ptrace)"]
+fn killing_the_injector_at_any_moment_leaves_a_computation_running() {
+    killing_the_injector_at_any_moment_of("compute");
+}
+
+#[test]
+#[ignore = "privileged: needs root (ptrace)"]
+fn killing_the_injector_at_any_moment_leaves_a_read_running() {
+    killing_the_injector_at_any_moment_of("read");
 }
 
 #[test]
@@ -366,6 +411,114 @@ fn a_thread_is_refused_and_its_process_named() {
         .unwrap();
     let error = Target::open(thread).unwrap_err();
     assert!(matches!(error, AttachError::Thread { process, .. } if process == victim.pid()));
+}
+
+/// A 32-bit program that calls pause(2) for ever: an ELF header, one segment, and the code.
+fn program_of_32_bits() -> Vec<u8> {
+    const BASE: u32 = 0x0804_8000;
+    const CODE: [u8; 9] = [0xb8, 29, 0, 0, 0, 0xcd, 0x80, 0xeb, 0xf7]; // mov $29, %eax; int $0x80; jmp back
+
+    let mut program = b"\x7fELF\x01\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+    let half = |words: &[u16]| {
+        words
+            .iter()
+            .flat_map(|word| word.to_le_bytes())
+            .collect::<Vec<_>>()
+    };
+    let word = |words: &[u32]| {
+        words
+            .iter()
+            .flat_map(|word| word.to_le_bytes())
+            .collect::<Vec<_>>()
+    };
+    program.extend(half(&[2, 3])); // executable, i386
+    program.extend(word(&[1, BASE + 84, 52, 0, 0]));
+    program.extend(half(&[52, 32, 1, 0, 0, 0]));
+    let length = 84 + 9;
+    program.extend(word(&[1, 0, BASE, BASE, length, length, 5, 0x1000]));
+    program.extend(CODE);
+    program
+}
+
+#[test]
+#[ignore = "privileged: needs root (ptrace), and a kernel that runs 32-bit programs"]
+fn a_32_bit_process_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("pause");
+    std::fs::write(&path, program_of_32_bits()).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let mut child = Command::new(&path).spawn().unwrap();
+    let error = Target::open(child.id()).unwrap_err();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(matches!(error, AttachError::Bits32 { .. }), "{error}");
+}
+
+#[test]
+#[ignore = "privileged: needs root (ptrace)"]
+fn a_process_of_another_user_is_refused() {
+    let victim = Victim::start("compute");
+    let status = injector(&victim, "denied").uid(NOBODY).status().unwrap();
+    assert!(status.success(), "{status}");
+}
+
+#[test]
+#[ignore = "privileged: needs root (ptrace)"]
+fn an_unprivileged_target_gets_what_it_is_allowed() {
+    let mut victim = Victim::start("unprivileged");
+    let allowed = std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").unwrap();
+    let everything = allowed.trim() == "1";
+    let target = Target::open(victim.pid()).unwrap();
+    let stolen = target.userfaultfd(Keep::Close).unwrap();
+    assert_eq!(stolen.user_mode_only, !everything);
+    match target.userfaultfd(Keep::Keep) {
+        Ok(stolen) => {
+            assert!(everything);
+            target.close_remote(stolen.remote.unwrap()).unwrap();
+        }
+        Err(error) => {
+            assert!(!everything);
+            assert!(matches!(error, AttachError::Userfaultfd { .. }), "{error}");
+        }
+    }
+    victim.must_be_well("after both");
+}
+
+#[test]
+#[ignore = "privileged: needs root (ptrace)"]
+fn memory_below_a_stack_of_unknown_size_is_never_written() {
+    let mut victim = Victim::start("coroutine");
+    let target = Target::open(victim.pid()).unwrap();
+    let mut refusals = 0;
+    for _ in 0..50 {
+        match target.userfaultfd(Keep::Close) {
+            Ok(_) => {} // it was caught between two spins
+            Err(AttachError::NoStack { .. }) => refusals += 1,
+            Err(error) => panic!("{error}"),
+        }
+        victim.must_be_well("after an attempt");
+    }
+    assert!(refusals > 0);
+}
+
+#[test]
+#[ignore = "privileged: needs root (ptrace)"]
+fn a_thread_that_cannot_be_stopped_is_given_up_at_the_deadline() {
+    let victim = Victim::start("uninterruptible");
+    wait_until("the victim cannot be interrupted", || {
+        victim.states() == ['D']
+    });
+    let start = Instant::now();
+    let error = Target::open(victim.pid())
+        .unwrap()
+        .userfaultfd(Keep::Close)
+        .unwrap_err();
+    assert!(
+        matches!(error, AttachError::Deadline { state: 'D', .. }),
+        "{error}"
+    );
+    assert!(start.elapsed() < Duration::from_secs(4));
+    assert_eq!(victim.status("TracerPid"), "0");
 }
 
 #[test]

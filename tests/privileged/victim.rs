@@ -14,6 +14,9 @@ use rustix::fs::MemfdFlags;
 const KIND: &str = "MEMFERRY_VICTIM";
 const COUNTER: &str = "MEMFERRY_COUNTER";
 
+/// A user without privileges.
+pub(crate) const NOBODY: u32 = 65534;
+
 /// How long anything in these tests may take.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -203,6 +206,13 @@ fn be_a_victim(kind: &str, counter: &Counter) -> ! {
             filter_userfaultfd(libc::SECCOMP_RET_ERRNO | 1);
             compute(counter)
         }
+        "unprivileged" => {
+            // SAFETY: changes the user of this process, which has one thread.
+            assert_eq!(unsafe { libc::setuid(NOBODY) }, 0);
+            compute(counter)
+        }
+        "uninterruptible" => wait_uninterruptibly(counter),
+        "coroutine" => compute_on_a_stack_among_other_memory(counter),
         "signals" => count_signals(counter),
         blocked => block(blocked, counter),
     }
@@ -275,6 +285,49 @@ fn check_the_cpu_state() {
     }
 }
 
+/// As a runtime with small stacks does: spins with the stack pointer in the middle of a buffer whose other bytes
+/// are in use.
+fn compute_on_a_stack_among_other_memory(counter: &Counter) -> ! {
+    const BYTE: u8 = 0xa5;
+    let mut memory = vec![BYTE; 64 << 10];
+    for round in 1.. {
+        let stack = memory[32 << 10..].as_mut_ptr();
+        // SAFETY: while the stack pointer is elsewhere nothing uses the stack, and no signal has a handler.
+        unsafe {
+            std::arch::asm!(
+                "xchg rsp, {stack}",
+                "2: dec {spins}",
+                "jnz 2b",
+                "xchg rsp, {stack}",
+                stack = inout(reg) stack => _,
+                spins = inout(reg) 2_000_000_u64 => _,
+            );
+        }
+        if memory.iter().any(|&byte| byte != BYTE) {
+            std::process::abort();
+        }
+        counter.set(0, round);
+    }
+    unreachable!()
+}
+
+/// Waits in state D, as for a disk: for a child that never gives back what it borrowed.
+fn wait_uninterruptibly(counter: &Counter) -> ! {
+    counter.set(0, 1);
+    let flags = libc::CLONE_VFORK | libc::SIGCHLD;
+    // SAFETY: without CLONE_VM this is a fork that waits; the child only waits to be killed with us.
+    let child = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
+    if child == 0 {
+        // SAFETY: asks to be killed when the parent dies.
+        unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+        loop {
+            // SAFETY: waits for a signal.
+            unsafe { libc::pause() };
+        }
+    }
+    std::process::abort()
+}
+
 /// No victim blocks a signal outside a call.
 fn check_the_signal_mask() {
     let mut mask = 0_u64;
@@ -315,6 +368,10 @@ fn block(call: &str, counter: &Counter) -> ! {
     let mut rounds = 1;
     loop {
         let start = Instant::now();
+        #[allow(
+            clippy::multiple_unsafe_ops_per_block,
+            reason = "one of them is executed"
+        )]
         // SAFETY: every pointer is to a local that lives through the call.
         let result: libc::c_long = unsafe {
             match call {

@@ -100,6 +100,10 @@ impl Gadgets {
     pub(in crate::attach) const LONGEST: usize = 1;
     pub(in crate::attach) const NAMES: &str = "nothing";
 
+    pub(in crate::attach) fn patterns(&self) -> [(u64, &'static [u8]); 0] {
+        []
+    }
+
     pub(in crate::attach) fn after_call(&self) -> u64 {
         0
     }
@@ -110,10 +114,6 @@ pub(in crate::attach) struct Search;
 
 impl Search {
     pub(in crate::attach) fn look(&mut self, _: u64, _: &[u8]) -> bool {
-        true
-    }
-
-    pub(in crate::attach) fn is_complete(&self) -> bool {
         true
     }
 

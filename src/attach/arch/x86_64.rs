@@ -231,8 +231,8 @@ impl Registers {
 /// How the `ret` behind the call gets to `rt_sigreturn`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Back {
-    /// `mov $15, %rax; syscall`, what a C library registers as `sa_restorer`.
-    Restorer(u64),
+    /// `mov $15, %rax; syscall`, what a C library registers as `sa_restorer`, in the encoding of that index.
+    Restorer(u64, usize),
     /// `pop %rax; ret`, with 15 and the address of a `syscall` behind it on the stack.
     Pop(u64),
 }
@@ -258,6 +258,15 @@ impl Gadgets {
     ];
     const POP: &[u8] = &[0x58, 0xc3];
 
+    /// What has to be in the target, and where.
+    pub(in crate::attach) fn patterns(&self) -> [(u64, &'static [u8]); 2] {
+        let back = match self.back {
+            Back::Restorer(address, which) => (address, Self::RESTORERS[which]),
+            Back::Pop(address) => (address, Self::POP),
+        };
+        [(self.call, Self::CALL), back]
+    }
+
     /// The address after the call instruction, which a seccomp filter sees.
     pub(in crate::attach) fn after_call(&self) -> u64 {
         self.call.wrapping_add(SYSCALL_LENGTH)
@@ -268,7 +277,7 @@ impl Gadgets {
 #[derive(Debug, Default)]
 pub(in crate::attach) struct Search {
     call: Option<u64>,
-    restorer: Option<u64>,
+    restorer: Option<(u64, usize)>,
     pop: Option<u64>,
 }
 
@@ -282,21 +291,17 @@ impl Search {
                 .map(|offset| address + offset as u64)
         };
         self.call = self.call.or_else(|| find(Gadgets::CALL));
-        self.restorer = self
-            .restorer
-            .or_else(|| Gadgets::RESTORERS.into_iter().find_map(find));
+        self.restorer = self.restorer.or_else(|| {
+            let mut restorers = Gadgets::RESTORERS.into_iter().enumerate();
+            restorers.find_map(|(which, pattern)| Some((find(pattern)?, which)))
+        });
         self.pop = self.pop.or_else(|| find(Gadgets::POP));
-        self.is_complete()
-    }
-
-    /// Whether there is nothing better to find.
-    pub(in crate::attach) fn is_complete(&self) -> bool {
         self.call.is_some() && self.restorer.is_some()
     }
 
     pub(in crate::attach) fn found(&self) -> Option<Gadgets> {
         let back = match (self.restorer, self.pop) {
-            (Some(restorer), _) => Back::Restorer(restorer),
+            (Some((restorer, which)), _) => Back::Restorer(restorer, which),
             (None, Some(pop)) => Back::Pop(pop),
             (None, None) => return None,
         };
@@ -360,7 +365,7 @@ impl Frame {
     fn build(original: &Registers, mask: u64, xstate: &[u8], gadgets: &Gadgets) -> Option<Self> {
         let extended = for_a_signal_frame(xstate)?;
         let chain: &[u64] = match gadgets.back {
-            Back::Restorer(restorer) => &[restorer],
+            Back::Restorer(restorer, _) => &[restorer],
             Back::Pop(pop) => &[pop, Call::RETURN.number as u64, gadgets.call],
         };
         // The last link is the return address that a sigframe begins with.
