@@ -8,6 +8,7 @@
 mod arch;
 mod code;
 mod error;
+mod halt;
 mod inject;
 mod inspect;
 mod mappings;

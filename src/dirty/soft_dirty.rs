@@ -16,7 +16,7 @@ pub trait Halt: Debug + Send + Sync {
     ///
     /// # Errors
     /// If the process could not be stopped, in which case `work` did not run; else what `work` answers.
-    fn halted(&self, work: &mut dyn FnMut() -> io::Result<()>) -> io::Result<()>;
+    fn halted(&self, work: &mut (dyn FnMut() -> io::Result<()> + Send)) -> io::Result<()>;
 }
 
 /// Tracks the writes of one process to a region that it has mapped, exactly, by page, where nothing better works:
@@ -132,7 +132,7 @@ mod tests {
     struct Gate(Arc<RwLock<()>>);
 
     impl Halt for Gate {
-        fn halted(&self, work: &mut dyn FnMut() -> io::Result<()>) -> io::Result<()> {
+        fn halted(&self, work: &mut (dyn FnMut() -> io::Result<()> + Send)) -> io::Result<()> {
             let _closed = self.0.write().unwrap();
             work()
         }

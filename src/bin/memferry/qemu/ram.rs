@@ -1,13 +1,14 @@
 //! A QEMU guest's RAM: as regions to read and track, and as memory to fill.
 
 use std::fs::File;
+use std::io;
 use std::sync::Arc;
 
 use anyhow::Context;
 use memferry::attach::{AttachError, Keep, Target};
 use memferry::backend::FileStorage;
 use memferry::chunk::{ChunkSize, Place, Storage};
-use memferry::dirty::{Area, Digest, DirtyTracker, Discards, Union, WriteProtect};
+use memferry::dirty::{Area, Digest, DirtyTracker, Discards, Halt, SoftDirty, Union, WriteProtect};
 use memferry::frontend::{FaultArea, FileRam, Watch};
 use memferry::migrate::SourceRegion;
 use memferry::subject::qemu::Machine;
@@ -17,30 +18,50 @@ use memferry::sys::uffd::{Features, Uffd};
 /// The regions of a running guest, and how its writes are tracked.
 pub(super) struct SourceRam {
     pub(super) regions: Vec<SourceRegion>,
-    /// Why writes are found by reading all of the memory, if they are.
-    pub(super) slow: Option<anyhow::Error>,
+    /// What is said about the way its writes are tracked, if it is not the best one.
+    pub(super) remark: Option<String>,
 }
 
-/// Opens the RAM of `machine` for sending. Attaches to QEMU for some microseconds; if that is not possible, the memory is
-/// compared with itself instead, which is correct and slow.
+/// Opens the RAM of `machine` for sending, with the best tracker that this host has:
+///
+/// 1. write protection by a userfaultfd that QEMU is made to create (some microseconds of one thread);
+/// 2. soft-dirty bits, where the kernel keeps them and there is one backend: every round halts QEMU for a moment;
+/// 3. digests: reads all of the memory in every round.
 pub(super) fn source(machine: &Machine, chunk_size: ChunkSize) -> anyhow::Result<SourceRam> {
     let files = open(machine)?;
-    let target = Target::open(machine.pid);
-    let mut slow = None;
+    let alone = files.len() == 1;
+    let target = Target::open(machine.pid).map(Arc::new);
+    let mut remark = None;
     let mut regions = Vec::new();
     for (name, file) in files {
         let storage = Arc::new(FileStorage::new(file.try_clone()?)?);
-        let tracked = match &target {
-            Ok(target) => track(target, file, storage.len(), chunk_size),
+        let ram = Ram {
+            file,
+            len: storage.len(),
+            chunk_size,
+        };
+        // The kernel does not count a page that the guest gives back as written.
+        let discards = || Discards::new(storage.clone(), chunk_size);
+        let protected = match &target {
+            Ok(target) => ram.write_protect(target),
             Err(error) => Err(anyhow::anyhow!("{error}")),
         };
-        let tracker: Arc<dyn DirtyTracker> = match tracked {
-            // The kernel does not count a page that the guest gives back as written.
-            Ok(writes) => Arc::new(Union(writes, Discards::new(storage.clone(), chunk_size))),
-            Err(error) => {
-                slow.get_or_insert(error);
-                Arc::new(Digest::new(storage.clone(), chunk_size))
-            }
+        let tracker: Arc<dyn DirtyTracker> = match protected {
+            Ok(writes) => Arc::new(Union(writes, discards())),
+            Err(error) => match &target {
+                Ok(target) if alone && let Ok(writes) = ram.soft_dirty(target) => {
+                    remark.get_or_insert(format!(
+                        "tracking by soft-dirty bits, which halts QEMU for a moment in every round: {error:#}"
+                    ));
+                    Arc::new(Union(writes, discards()))
+                }
+                _ => {
+                    remark.get_or_insert(format!(
+                        "finding writes by reading all of the memory in every round, which is slow: {error:#}"
+                    ));
+                    Arc::new(Digest::new(storage.clone(), chunk_size))
+                }
+            },
         };
         regions.push(SourceRegion {
             name,
@@ -48,28 +69,55 @@ pub(super) fn source(machine: &Machine, chunk_size: ChunkSize) -> anyhow::Result
             tracker,
         });
     }
-    Ok(SourceRam { regions, slow })
+    Ok(SourceRam { regions, remark })
 }
 
-fn track(
-    target: &Target,
+/// One backend of the source.
+struct Ram {
     file: File,
     len: u64,
     chunk_size: ChunkSize,
-) -> anyhow::Result<WriteProtect> {
-    let areas = target
-        .mappings_of(&file)?
-        .into_iter()
-        .filter(|mapping| mapping.shared)
-        .map(|mapping| Area {
-            address: mapping.address,
-            offset: mapping.offset,
-        })
-        .collect();
-    let stolen = target.userfaultfd(Keep::Close)?;
-    let uffd = Uffd::adopt(stolen.fd, Features::TRACKING)?;
-    let pagemap = Pagemap::open(target.pid())?;
-    Ok(WriteProtect::new(uffd, pagemap, areas, len, chunk_size)?.sparse(file))
+}
+
+impl Ram {
+    fn write_protect(&self, target: &Target) -> anyhow::Result<WriteProtect> {
+        let areas = self.areas(target)?;
+        let stolen = target.userfaultfd(Keep::Close)?;
+        let uffd = Uffd::adopt(stolen.fd, Features::TRACKING)?;
+        let pagemap = Pagemap::open(target.pid())?;
+        let tracker = WriteProtect::new(uffd, pagemap, areas, self.len, self.chunk_size)?;
+        Ok(tracker.sparse(self.file.try_clone()?))
+    }
+
+    fn soft_dirty(&self, target: &Arc<Target>) -> anyhow::Result<SoftDirty> {
+        let halt = Box::new(Threads(Arc::clone(target)));
+        let areas = self.areas(target)?;
+        let tracker = SoftDirty::new(target.pid(), areas, self.len, self.chunk_size, halt)?;
+        Ok(tracker)
+    }
+
+    fn areas(&self, target: &Target) -> anyhow::Result<Vec<Area>> {
+        let areas = target
+            .mappings_of(&self.file)?
+            .into_iter()
+            .filter(|mapping| mapping.shared)
+            .map(|mapping| Area {
+                address: mapping.address,
+                offset: mapping.offset,
+            })
+            .collect();
+        Ok(areas)
+    }
+}
+
+/// The threads of a process, halted by tracing them.
+#[derive(Debug)]
+struct Threads(Arc<Target>);
+
+impl Halt for Threads {
+    fn halted(&self, work: &mut (dyn FnMut() -> io::Result<()> + Send)) -> io::Result<()> {
+        self.0.halted(work)
+    }
 }
 
 /// The RAM of a waiting QEMU, and why it cannot fault if it cannot.
@@ -113,7 +161,7 @@ fn watch(pid: u32, files: &[File]) -> anyhow::Result<Watch> {
     let remote = stolen.remote;
     let release = move || match remote.map(|remote| target.close_remote(remote)) {
         None | Some(Ok(()) | Err(AttachError::Exited { .. })) => Ok(()),
-        Some(Err(error)) => Err(std::io::Error::other(error)),
+        Some(Err(error)) => Err(io::Error::other(error)),
     };
     Ok(Watch {
         uffd: Uffd::adopt(stolen.fd, Features::MISSING_SHMEM)?,

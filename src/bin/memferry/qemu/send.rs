@@ -49,10 +49,8 @@ pub(crate) fn run(args: &Send, output: Output) -> anyhow::Result<()> {
         ..SeedOptions::default()
     };
     let ram = ram::source(&machine, options.chunk_size)?;
-    if let Some(error) = ram.slow {
-        output.remark(&format!(
-            "memferry: cannot attach to QEMU, so writes are found by reading all of its memory, which is slow: {error:#}"
-        ));
+    if let Some(remark) = &ram.remark {
+        output.remark(&format!("memferry: {remark}"));
     }
     let session = Session::connect(
         &args.pairing,
