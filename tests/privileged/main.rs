@@ -3,4 +3,5 @@
 #![allow(unsafe_code, reason = "a victim makes raw system calls")]
 
 mod attach;
+mod trackers;
 mod victim;

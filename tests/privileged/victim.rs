@@ -163,6 +163,9 @@ impl Drop for Victim {
 static INSTEAD_OF_MAIN: extern "C" fn() = instead_of_main;
 
 extern "C" fn instead_of_main() {
+    if let Ok(region) = std::env::var(crate::trackers::REGION) {
+        crate::trackers::be_a_scribe(&region);
+    }
     if let Ok(kind) = std::env::var(KIND) {
         let fd: i32 = std::env::var(COUNTER).unwrap().parse().unwrap();
         // SAFETY: the parent passed this descriptor for us to own.
