@@ -1,7 +1,7 @@
 //! The script of the destination: what to do at each event of the state machine.
 
 use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -52,6 +52,7 @@ pub(super) struct Driver<'a> {
 struct Course {
     phase: Option<Phase>,
     owned: bool,
+    armed: bool,
     complete: Option<Duration>,
     state_bytes: u64,
     verified: Option<Verdict>,
@@ -98,6 +99,7 @@ impl<'a> Driver<'a> {
             clock: self.clock,
             memory: self.memory,
             counters: &self.counters,
+            layout: OnceLock::new(),
         };
         thread::scope(|scope| {
             let (this, monitor, writer) = (&self, &monitor, &writer);
@@ -232,9 +234,11 @@ impl<'a> Driver<'a> {
                 Event::Prepare => self.prepare(monitor, subject, &mut course),
                 Event::Finalize { remote } => {
                     self.enter(&mut course, Phase::CutOver);
-                    self.finalize(monitor, &remote, serve_faults)
+                    self.make_absent(monitor, &remote, &mut course, serve_faults)
                 }
-                Event::Discard { stale } => self.discard(&self.layout(monitor), &stale),
+                Event::Discard { stale } => {
+                    self.make_absent(monitor, &stale, &mut course, serve_faults)
+                }
                 Event::Digests => self.send_digests(monitor, writer),
                 Event::Load { len, digest } => {
                     course.state_bytes = len;
@@ -399,32 +403,27 @@ impl<'a> Driver<'a> {
         Ok(())
     }
 
-    /// Faults are armed first, so that what is then made absent is asked for and not read as zeros.
-    fn finalize(
+    /// Makes chunks absent. Faults are armed first, so that what is absent then is asked for and not read as zeros;
+    /// where nothing is remote there is nothing to arm for, and the guest never waits for this process.
+    fn make_absent(
         &self,
         monitor: &Monitor<Leecher>,
         remote: &ChunkBitmap,
+        course: &mut Course,
         serve_faults: &mut dyn FnMut(),
     ) -> Result<(), LeechCause> {
-        if self.memory.can_fault() {
+        if remote.is_empty() {
+            return Ok(());
+        }
+        if !course.armed {
             self.memory
                 .arm()
                 .map_err(local("cannot watch the guest's memory"))?;
+            course.armed = true;
             serve_faults();
-        } else if !remote.is_empty() {
-            return Err(LeechCause::Local {
-                what: "the source left memory behind",
-                source: io::Error::new(
-                    io::ErrorKind::Unsupported,
-                    "this side cannot work with post-copy",
-                ),
-            });
         }
-        self.discard(&self.layout(monitor), remote)
-    }
-
-    fn discard(&self, layout: &Layout, stale: &ChunkBitmap) -> Result<(), LeechCause> {
-        for span in stale.runs().flat_map(|run| layout.spans(run)) {
+        let layout = self.layout(monitor);
+        for span in remote.runs().flat_map(|run| layout.spans(run)) {
             self.memory
                 .discard(span.region, span.offset..span.offset + span.len)
                 .map_err(local("cannot drop stale pages"))?;

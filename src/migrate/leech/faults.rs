@@ -70,7 +70,7 @@ struct Service<'a> {
     counters: &'a FaultCounters,
     reader: crate::transport::LaneReader,
     writer: LaneWriter,
-    layout: Layout,
+    layout: &'a Layout,
     staging: Vec<u8>,
     faults: Vec<Place>,
     /// When the chunks that are being fetched were asked for; as many as there are threads that wait.
@@ -84,20 +84,12 @@ impl<'a> Service<'a> {
         lane: &Lane,
     ) -> Result<Self, ReceiveError> {
         let (reader, writer) = lane.split()?;
-        let layout = {
-            let state = receiving.monitor.lock();
-            let agreement = state.machine.agreement();
-            agreement
-                .expect("faults are armed after greeting")
-                .layout
-                .clone()
-        };
         Ok(Self {
             receiving,
             counters,
             reader,
             writer,
-            layout,
+            layout: receiving.layout(),
             staging: Vec::new(),
             faults: Vec::new(),
             asked: Vec::new(),

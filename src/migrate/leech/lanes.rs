@@ -3,6 +3,7 @@
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -27,6 +28,8 @@ pub(super) struct Receiving<'a> {
     pub(super) clock: Clock,
     pub(super) memory: &'a dyn Install,
     pub(super) counters: &'a Counters,
+    /// What was agreed, once a frame has come.
+    pub(super) layout: OnceLock<Layout>,
 }
 
 /// What came over the wire, counted by the threads that receive.
@@ -133,13 +136,13 @@ impl Receiving<'_> {
         };
         let layout = self.layout();
         if direct {
-            self.receive_in_place(&layout, &chunks, &parts, reader)?;
+            self.receive_in_place(layout, &chunks, &parts, reader)?;
         } else {
             staging.resize(payload, 0);
             reader.read_exact(staging)?;
-            self.install(&layout, &chunks, &parts, staging)?;
+            self.install(layout, &chunks, &parts, staging)?;
         }
-        self.count(&layout, &parts);
+        self.count(layout, &parts);
         let mut state = self.monitor.lock();
         state.machine.handle_installed(lane, &chunks, &parts);
         drop(state);
@@ -174,10 +177,16 @@ impl Receiving<'_> {
         }
     }
 
-    fn layout(&self) -> Layout {
-        let state = self.monitor.lock();
-        let agreement = state.machine.agreement();
-        agreement.expect("a frame was admitted").layout.clone()
+    /// The chunk space. To be asked only after both sides have agreed.
+    pub(super) fn layout(&self) -> &Layout {
+        self.layout.get_or_init(|| {
+            let state = self.monitor.lock();
+            let agreement = state.machine.agreement();
+            agreement
+                .expect("frames and faults come after greeting")
+                .layout
+                .clone()
+        })
     }
 
     fn count(&self, layout: &Layout, parts: &[Part]) {

@@ -2,9 +2,10 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use memferry::attach::{AttachError, Keep, Target};
 use memferry::backend::FileStorage;
 use memferry::chunk::{ChunkSize, Place, Storage};
@@ -13,7 +14,7 @@ use memferry::frontend::{FaultArea, FileRam, Watch};
 use memferry::migrate::SourceRegion;
 use memferry::subject::qemu::Machine;
 use memferry::sys::pagemap::Pagemap;
-use memferry::sys::uffd::{Features, Uffd};
+use memferry::sys::uffd::{Features, Mode, Uffd};
 
 /// The regions of a running guest, and how its writes are tracked.
 pub(super) struct SourceRam {
@@ -84,6 +85,9 @@ impl Ram {
         let areas = self.areas(target)?;
         let stolen = target.userfaultfd(Keep::Close)?;
         let uffd = Uffd::adopt(stolen.fd, Features::TRACKING)?;
+        for area in &areas {
+            probe(&uffd, &area.address, WRITES)?;
+        }
         let pagemap = Pagemap::open(target.pid())?;
         let tracker = WriteProtect::new(uffd, pagemap, areas, self.len, self.chunk_size)?;
         Ok(tracker.sparse(self.file.try_clone()?))
@@ -163,12 +167,50 @@ fn watch(pid: u32, files: &[File]) -> anyhow::Result<Watch> {
         None | Some(Ok(()) | Err(AttachError::Exited { .. })) => Ok(()),
         Some(Err(error)) => Err(io::Error::other(error)),
     };
-    Ok(Watch {
-        uffd: Uffd::adopt(stolen.fd, Features::MISSING_SHMEM)?,
-        areas,
-        release: Box::new(release),
-    })
+    let uffd = Uffd::adopt(stolen.fd, Features::MISSING_SHMEM).and_then(|uffd| {
+        for area in &areas {
+            probe(&uffd, &area.addresses, ABSENT)?;
+        }
+        Ok(uffd)
+    });
+    match uffd {
+        Ok(uffd) => Ok(Watch {
+            uffd,
+            areas,
+            release: Box::new(release),
+        }),
+        Err(error) => {
+            release()?;
+            Err(error.into())
+        }
+    }
 }
+
+const WRITES: Mode = Mode {
+    missing: false,
+    wp: true,
+    minor: false,
+};
+const ABSENT: Mode = Mode {
+    missing: true,
+    wp: false,
+    minor: false,
+};
+
+/// Finds out now, while nothing depends on it, whether memory can be watched: that of an ordinary file cannot.
+fn probe(uffd: &Uffd, addresses: &Range<u64>, mode: Mode) -> io::Result<()> {
+    uffd.register(addresses.clone(), mode)
+        .and_then(|()| uffd.unregister(addresses.clone()))
+        .map_err(|error| {
+            io::Error::new(
+                error.kind(),
+                format!("its RAM cannot be watched, is its file on tmpfs? ({error})"),
+            )
+        })
+}
+
+/// What statfs(2) says of hugetlbfs.
+const HUGETLBFS: i64 = 0x958458f6;
 
 fn open(machine: &Machine) -> anyhow::Result<Vec<(String, File)>> {
     machine
@@ -178,6 +220,12 @@ fn open(machine: &Machine) -> anyhow::Result<Vec<(String, File)>> {
             let file = backend
                 .open(machine.pid)
                 .with_context(|| format!("cannot open the RAM of {}", backend.id))?;
+            ensure!(
+                rustix::fs::fstatfs(&file)?.f_type != HUGETLBFS,
+                "the RAM of {} is on hugetlbfs, whose pages memferry cannot move yet: use a file on tmpfs, for example below \
+                 /dev/shm",
+                backend.id
+            );
             Ok((backend.id.clone(), file))
         })
         .collect()
