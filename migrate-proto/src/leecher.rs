@@ -236,6 +236,12 @@ impl Leecher {
         self.residency.missing()
     }
 
+    /// Whether `chunk` is here, in its newest version that was announced.
+    #[must_use]
+    pub fn is_resident(&self, chunk: u64) -> bool {
+        chunk < self.residency.chunks() && !self.residency.remote().contains(chunk)
+    }
+
     /// The digests of the chunks `run` as they were installed, 0 where a chunk is remote; empty if nothing is verified.
     #[must_use]
     pub fn digests(&self, run: ChunkRun) -> &[u64] {
@@ -476,8 +482,11 @@ impl Leecher {
         chunks: &Chunks,
         payload: u64,
     ) -> Result<Admission, ProtocolError> {
-        self.silence.heard(now);
         let result = self.try_admit(lane, chunks, payload);
+        // Asking again about a frame that waits is no sign of life.
+        if !matches!(result, Ok(Admission::Wait)) {
+            self.silence.heard(now);
+        }
         if let Err(error) = &result {
             self.fail(error.clone());
         }
@@ -534,8 +543,7 @@ impl Leecher {
         if self.phase == Phase::Closed {
             return;
         }
-        // A dirty set that came while the payload was received names chunks that have stale bytes now. Whoever
-        // waited for them has seen those bytes or will fault again.
+        // A dirty set that came while the payload was received names chunks that have stale bytes now.
         if let Some(stale) = self.residency.install(lane, chunks, parts) {
             self.events.push_back(Event::Discard { stale });
         }
