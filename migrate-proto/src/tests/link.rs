@@ -99,10 +99,6 @@ impl Lane {
         self.cut = true;
         self.queue.clear();
     }
-
-    pub(super) fn is_empty(&self) -> bool {
-        self.queue.is_empty()
-    }
 }
 
 fn decode(bytes: &[u8]) -> Result<Message, DecodeError> {

@@ -53,6 +53,7 @@ pub(super) struct Plan {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Moment {
     Start,
+    Suspending,
     Suspended,
     Loading,
     Ready,
@@ -297,6 +298,7 @@ impl Pair {
         let fail = |side: &str| (AbortCode::Failed, format!("the lanes of the {side} broke"));
         let came = match self.plan.moment {
             Moment::Start => true,
+            Moment::Suspending => self.seeder.phase() == "suspending",
             Moment::Suspended => self.seeder.phase() == "suspended",
             Moment::Loading => self.loading.is_some(),
             Moment::Ready => self.leecher.phase() == "ready",
@@ -680,8 +682,11 @@ impl Pair {
             && self.destination.viewers[0].wants.is_none()
         {
             if accesses == 0 {
-                self.loading = None;
-                self.leecher.handle_loaded();
+                // A load may need what the stray thread holds.
+                if self.destination.viewers[2].wants.is_none() {
+                    self.loading = None;
+                    self.leecher.handle_loaded();
+                }
             } else {
                 self.loading = Some(accesses - 1);
                 self.want(0);

@@ -24,6 +24,7 @@ fn plan(chance: &mut Chance) -> Plan {
         .collect();
     let moment = chance.pick(&[
         Moment::Start,
+        Moment::Suspending,
         Moment::Suspended,
         Moment::Loading,
         Moment::Ready,
@@ -31,7 +32,7 @@ fn plan(chance: &mut Chance) -> Plan {
     ]);
     let latest = match moment {
         Moment::Start => 600,
-        _ => chance.pick(&[5, 40, 200]),
+        _ => chance.pick(&[3, 10, 40, 200]),
     };
     let step = chance.below(latest);
     let later = |chance: &mut Chance| (!chance.one_in(4)).then(|| chance.below(200));
