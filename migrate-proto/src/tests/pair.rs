@@ -128,6 +128,8 @@ pub(super) struct Pair {
     pub(super) destination: Destination,
     later: VecDeque<leecher::Event>,
     loading: Option<u64>,
+    /// Load was asked for: from here on nobody may see anything stale.
+    settled: bool,
     receiving: Vec<Option<Receiving>>,
     pub(super) leecher_end: Option<End>,
     pub(super) verdict: Option<(u64, u64)>,
@@ -236,6 +238,7 @@ impl Pair {
             destination: Destination::new(chunks, 3),
             later: VecDeque::new(),
             loading: None,
+            settled: false,
             receiving: (0..=bulk).map(|_| None).collect(),
             leecher_end: None,
             verdict: None,
@@ -665,7 +668,10 @@ impl Pair {
                         self.destination.discard(run);
                     }
                 }
-                event => self.later.push_back(event),
+                event => {
+                    self.settled |= matches!(event, leecher::Event::Load { .. });
+                    self.later.push_back(event);
+                }
             }
         }
     }
@@ -727,7 +733,7 @@ impl Pair {
             let before = self.destination.written[usize::try_from(access.chunk).unwrap()];
             let seen = self.destination.step(viewer, &mut self.leecher);
             if let Seen::Value(value) = seen
-                && !finalizing
+                && self.settled
                 && !self.source.running
                 && self.leecher_end.is_none()
             {
