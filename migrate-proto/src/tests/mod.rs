@@ -2,10 +2,11 @@
 
 mod chance;
 mod destination;
-//mod directed;
+mod directed;
 mod link;
 mod pair;
-//mod recorded;
+mod recorded;
+mod rig;
 mod schedules;
 mod source;
-//mod wire;
+mod wire;

@@ -133,7 +133,7 @@ fn every_schedule_ends_with_equal_bytes_or_with_the_source_running() {
     }
     println!("done, aborted, undecided, lost: {ends:?}");
     // A suite whose trouble never strikes in the interesting moments proves little.
-    let enough: Vec<_> = ends.iter().map(|&end| end >= 100).collect();
+    let enough: Vec<_> = ends.iter().map(|&end| end >= 40).collect();
     assert_eq!(enough, [true; 4], "{ends:?}");
 }
 
