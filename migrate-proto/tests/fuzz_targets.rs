@@ -144,29 +144,41 @@ fn seeds() -> Vec<(&'static str, String, Vec<u8>)> {
         seeds.push((target, name.to_string(), steps.concat()));
     };
     // Flags, then operations with their arguments; see the targets.
-    let greeted: &[u8] = &[0, 0, 1, 100, 20, 12, 1, 0, 70];
-    let first_pass: &[u8] = &[19, 0, 21, 19, 0, 21, 19, 1, 21, 2, 1, 2, 2, 2, 1];
-    let rest: Vec<u8> = [19_u8, 0, 21].repeat(24);
-    let all: &[u8] = &[2, 1, 24, 2, 1, 25, 2, 1, 26, 19, 0];
+    let push = [
+        [19_u8, 0, 21].repeat(26),
+        vec![19, 1, 21, 2, 0, 255, 2, 1, 255, 2, 2, 255],
+    ]
+    .concat();
+    let greeted: &[u8] = &[0, 0, 1, 100, 20, 12, 1, 0, 60];
     let dirty: &[u8] = &[13, 1, 3, 4, 22, 14, 1, 9, 1, 22];
     let saved: &[u8] = &[15, 0, 0, 7, 1, 20, 2, 22];
-    let owned: &[u8] = &[4, 22, 5, 3, 3, 1, 20, 21, 2, 0, 1, 19, 0, 21, 19, 0, 6, 22];
+    let owned: &[u8] = &[4, 22, 5, 3, 3, 1, 20, 21];
     for (name, flags) in [
-        ("pre-copy", 0_u8),
+        ("auto", 0_u8),
+        ("pre-copy", 16),
         ("post-copy", 32),
         ("verified", 34),
         ("after", 36),
         ("slow", 128),
     ] {
+        let (before, after): (&[u8], &[u8]) = match flags & 6 {
+            2 => (&[7, 0, 8, 16, 70, 0, 22], &[6, 22]),
+            4 => (&[], &[6, 7, 0, 8, 16, 70, 0, 22]),
+            _ => (&[], &[6, 22]),
+        };
         let steps = [
             &[flags],
             greeted,
-            first_pass,
-            &rest,
-            all,
+            &push,
             dirty,
+            &push,
             saved,
+            &push,
+            &[22],
+            before,
             owned,
+            &push,
+            after,
         ];
         session("seeder_ops", name, &steps);
     }

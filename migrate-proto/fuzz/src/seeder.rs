@@ -33,6 +33,7 @@ pub fn seeder_ops(data: &[u8]) {
         },
     );
     let mut batches: Vec<Batch> = Vec::new();
+    let mut sent = [0; LANES as usize + 1];
     let mut released = false;
     while let Some(op) = bytes.op() {
         let said = match op % 24 {
@@ -43,10 +44,15 @@ pub fn seeder_ops(data: &[u8]) {
             1 => Some(Message::Accept {
                 window: bytes.number() << (bytes.byte() % 57),
             }),
-            2 => Some(Message::Credit {
-                lane: bytes.byte() % (LANES + 2),
-                sequence: bytes.number(),
-            }),
+            2 => {
+                let lane = bytes.byte() % (LANES + 2);
+                let sent = sent.get(usize::from(lane)).copied();
+                let sequence = match bytes.byte() {
+                    u8::MAX => sent.unwrap_or(0),
+                    other => u64::from(other),
+                };
+                Some(Message::Credit { lane, sequence })
+            }
             3 => Some(Message::Fetch {
                 run: ChunkRun::new(bytes.number(), bytes.number()),
             }),
@@ -102,6 +108,8 @@ pub fn seeder_ops(data: &[u8]) {
             }
             21 => {
                 if let Some(batch) = batches.pop() {
+                    let last = &mut sent[usize::from(batch.lane)];
+                    *last = batch.sequence.max(*last);
                     assert!(batch.runs.iter().all(|run| run.end() <= CHUNKS));
                     let chunks: u64 = batch.runs.iter().map(|run| run.count).sum();
                     let most = if batch.hole { 0 } else { chunks * 4096 };
