@@ -215,9 +215,12 @@ fn check(leecher: &mut Leecher, released: bool) {
         }
     }
     assert!(events <= 4, "one step has many consequences");
-    if leecher.ownership() == Ownership::Here {
-        assert!(released, "owned without Release");
-    }
+    let expected = if released {
+        Ownership::Here
+    } else {
+        Ownership::There
+    };
+    assert_eq!(leecher.ownership(), expected);
     assert_eq!(
         leecher.poll_timeout().is_none(),
         leecher.phase() == "closed"

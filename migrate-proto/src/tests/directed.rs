@@ -518,6 +518,26 @@ fn a_frame_that_names_a_chunk_again_and_again_is_refused() {
 }
 
 #[test]
+fn an_answer_that_nobody_asked_for_is_refused_while_memory_is_written_directly() {
+    let mut rig = Rig::greeted(Options::default());
+    let unasked = one_chunk(1, 0, 0);
+    assert!(rig.leecher.admit(rig.now, 0, &unasked, 4096).is_err());
+}
+
+#[test]
+fn a_leecher_that_lost_its_source_still_owns_the_guest() {
+    let mut rig = Rig::loaded(&[1]);
+    rig.talk();
+    rig.leecher.abort(AbortCode::Failed, "a lane broke".into());
+    let events = rig.leecher_events();
+    let lost = matches!(events[1..], [leecher::Event::Lost { missing: 1, .. }]);
+    assert!(lost, "{events:?}");
+    assert_eq!(rig.leecher.ownership(), Ownership::Here);
+    assert_eq!(rig.leecher.handle_fault(1), Fault::Lost);
+    assert_eq!(rig.leecher.handle_fault(2), Fault::Resident);
+}
+
+#[test]
 fn finalize_is_refused_while_chunks_are_received_straight_into_memory() {
     let mut rig = Rig::greeted(Options::default());
     rig.admit(1, &one_chunk(1, 0, 0), 4096);
