@@ -108,6 +108,12 @@ pub enum ProtocolError {
         /// What this side was doing.
         phase: &'static str,
     },
+    /// The two sides have no version in common, or one requires what the other does not have.
+    #[error("the two sides do not speak the same protocol: {reason}")]
+    Unsupported {
+        /// What differs, with both values.
+        reason: String,
+    },
     /// The two sides do not fit together.
     #[error("the two sides do not fit together: {reason}")]
     Incompatible {
@@ -171,6 +177,7 @@ impl ProtocolError {
             Self::Decode(_) | Self::Unexpected { .. } | Self::Violation { .. } => {
                 AbortCode::Protocol
             }
+            Self::Unsupported { .. } => AbortCode::Incompatible,
             Self::Incompatible { .. } => AbortCode::Mismatch,
             Self::PeerAborted { code, .. } | Self::Aborted { code, .. } => *code,
             Self::Silent { .. } => AbortCode::Silent,

@@ -150,15 +150,16 @@ impl Hello {
     /// Names what differs, with both values.
     pub fn agree(&self, theirs: &Self) -> Result<Agreement, ProtocolError> {
         let incompatible = |reason| Err(ProtocolError::Incompatible { reason });
+        let unsupported = |reason| Err(ProtocolError::Unsupported { reason });
         let version = self.newest.min(theirs.newest);
         if version < self.oldest.max(theirs.oldest) {
-            return incompatible(format!(
+            return unsupported(format!(
                 "this side speaks versions {} to {} of the protocol, the other {} to {}",
                 self.oldest, self.newest, theirs.oldest, theirs.newest
             ));
         }
         if theirs.required != 0 {
-            return incompatible(format!(
+            return unsupported(format!(
                 "the other side requires capabilities {:#x} that this version does not have",
                 theirs.required
             ));

@@ -25,6 +25,7 @@ use crate::handover::Ownership;
 use crate::hello::{Agreement, Hello, Verify};
 use crate::limits::MAX_STATE;
 use crate::message::{Chunks, Message};
+use crate::seeder::URGENT_LANE;
 use crate::silence::Silence;
 use install::Residency;
 pub use install::{Admission, Fault, Part, ZERO_DIGEST, chunk_digest, reserve};
@@ -48,12 +49,15 @@ pub enum Event {
     /// The geometry fits. Compare the subject's description, make the memory empty, then say so:
     /// [`Leecher::handle_prepared`]. In a dry run: only compare.
     Prepare,
-    /// Arm the faults and make every chunk of `remote` absent: nothing is written directly any more.
+    /// Make every chunk of `remote` absent and arm the faults: nothing is written directly any more.
+    ///
+    /// To be obeyed before the next call of this machine, so under the same lock as the call that led to it: a
+    /// frame that is admitted later may be an answer, which must not be made absent again.
     Finalize {
         /// The chunks that are not here.
         remote: ChunkBitmap,
     },
-    /// These chunks turned out to be stale; make them absent.
+    /// These chunks turned out to be stale; make them absent. To be obeyed as [`Finalize`](Self::Finalize) is.
     Discard {
         /// The chunks.
         stale: ChunkBitmap,
@@ -137,6 +141,7 @@ enum Digests {
 pub struct Leecher {
     config: LeecherConfig,
     phase: Phase,
+    ownership: Ownership,
     theirs: Option<Hello>,
     agreement: Option<Agreement>,
     residency: Residency,
@@ -163,6 +168,7 @@ impl Leecher {
     pub fn new(now: Micros, config: LeecherConfig) -> Self {
         let mut leecher = Self {
             phase: Phase::Greeting,
+            ownership: Ownership::There,
             theirs: None,
             agreement: None,
             residency: Residency::new(0, config.lanes, false),
@@ -190,11 +196,10 @@ impl Leecher {
 
     /// Who may run the subject, as far as this side knows.
     #[must_use]
+    ///
+    /// Once Release came it is this one, also when the session is over, well or not.
     pub fn ownership(&self) -> Ownership {
-        match self.phase {
-            Phase::Owning { .. } => Ownership::Here,
-            _ => Ownership::There,
-        }
+        self.ownership
     }
 
     /// What this side is doing, in one word.
@@ -234,6 +239,12 @@ impl Leecher {
     #[must_use]
     pub fn missing(&self) -> u64 {
         self.residency.missing()
+    }
+
+    /// Whether `chunk` is here, in its newest version that was announced.
+    #[must_use]
+    pub fn is_resident(&self, chunk: u64) -> bool {
+        chunk < self.residency.chunks() && !self.residency.remote().contains(chunk)
     }
 
     /// The digests of the chunks `run` as they were installed, 0 where a chunk is remote; empty if nothing is verified.
@@ -277,7 +288,7 @@ impl Leecher {
                 let (incoming, set) = self
                     .incoming
                     .get_or_insert_with(|| (round, ChunkBitmap::empty(chunks)));
-                if round != *incoming || round != current + 1 {
+                if round != *incoming || current.checked_add(1) != Some(round) {
                     return Err(ProtocolError::Violation {
                         reason: "its dirty sets are out of order",
                     });
@@ -330,6 +341,7 @@ impl Leecher {
                 }
             }
             (Phase::Ready, Message::Release { token: _ }) => {
+                self.ownership = Ownership::Here;
                 self.phase = Phase::Owning {
                     running: false,
                     drained: false,
@@ -382,7 +394,8 @@ impl Leecher {
             .incoming
             .take()
             .unwrap_or_else(|| (round, ChunkBitmap::empty(space)));
-        if round != self.round + 1 || incoming != round || set.count() != chunks {
+        let next = self.round.checked_add(1);
+        if next != Some(round) || incoming != round || set.count() != chunks {
             return Err(ProtocolError::Violation {
                 reason: "its dirty set is incomplete or out of order",
             });
@@ -476,8 +489,11 @@ impl Leecher {
         chunks: &Chunks,
         payload: u64,
     ) -> Result<Admission, ProtocolError> {
-        self.silence.heard(now);
         let result = self.try_admit(lane, chunks, payload);
+        // Asking again about a frame that waits is no sign of life.
+        if !matches!(result, Ok(Admission::Wait)) {
+            self.silence.heard(now);
+        }
         if let Err(error) = &result {
             self.fail(error.clone());
         }
@@ -491,6 +507,11 @@ impl Leecher {
         payload: u64,
     ) -> Result<Admission, ProtocolError> {
         let direct = match self.phase {
+            Phase::Prefetching if lane == URGENT_LANE => {
+                return Err(ProtocolError::Violation {
+                    reason: "it answers a fetch that was never sent",
+                });
+            }
             Phase::Prefetching => true,
             Phase::Finalizing | Phase::Loading | Phase::Ready | Phase::Owning { .. } => false,
             Phase::Closed => return Ok(Admission::Ignore),
@@ -534,8 +555,7 @@ impl Leecher {
         if self.phase == Phase::Closed {
             return;
         }
-        // A dirty set that came while the payload was received names chunks that have stale bytes now. Whoever
-        // waited for them has seen those bytes or will fault again.
+        // A dirty set that came while the payload was received names chunks that have stale bytes now.
         if let Some(stale) = self.residency.install(lane, chunks, parts) {
             self.events.push_back(Event::Discard { stale });
         }

@@ -42,6 +42,8 @@ mod message;
 mod schedule;
 pub mod seeder;
 mod silence;
+#[cfg(test)]
+mod tests;
 
 pub use bitmap::ChunkBitmap;
 pub use chunk::{ChunkIndex, ChunkRun, ChunkSize, Layout, RegionDescriptor, Span};

@@ -9,6 +9,10 @@ pub const MAX_BODY: u32 = 64 << 10;
 /// The longest payload of a frame in bytes: one chunk of the largest size.
 pub const MAX_PAYLOAD: u32 = 4 << 20;
 
+/// The largest window that is made use of in bytes: 100 Gbit/s over 80 ms. So what is in flight is bounded whatever
+/// a leecher accepts.
+pub const MAX_WINDOW: u64 = 1 << 30;
+
 /// The most regions a session may have.
 pub const MAX_REGIONS: usize = 256;
 

@@ -270,6 +270,11 @@ impl Residency {
             .lanes
             .get_mut(usize::from(lane))
             .and_then(|lane| lane.receiving.take());
+        let overtaken = receiving.map_or_else(Vec::new, |receiving| receiving.overtaken);
+        let waiting: Vec<_> = overtaken
+            .iter()
+            .flat_map(|&run| self.requested.runs_within(run))
+            .collect();
         let mut digests = chunks.digests.as_slice();
         for part in parts {
             let theirs = match part.content {
@@ -300,9 +305,13 @@ impl Residency {
         if let Some(lane) = self.lanes.get_mut(usize::from(lane)) {
             lane.last = chunks.sequence;
         }
-        let overtaken = receiving?.overtaken;
         if overtaken.is_empty() {
             return None;
+        }
+        // Who waited was woken by the stale bytes, but may have looked again since they were discarded.
+        for run in waiting {
+            self.requested.insert_run(run);
+            self.ask_again(run);
         }
         let mut stale = ChunkBitmap::empty(self.chunks());
         for run in overtaken {

@@ -6,6 +6,7 @@ use alloc::vec::Vec;
 use crate::bitmap::ChunkBitmap;
 use crate::chunk::ChunkRun;
 use crate::error::ProtocolError;
+use crate::limits::MAX_WINDOW;
 
 /// The frames in flight on all lanes; index 0 is the urgent lane, which needs no room in the window.
 #[derive(Debug)]
@@ -37,9 +38,9 @@ impl Lanes {
         Self { lanes, window: 0 }
     }
 
-    /// The leecher takes `window` bytes at once from now on.
+    /// The leecher takes `window` bytes at once from now on, of which this side makes use up to a limit.
     pub(super) fn open(&mut self, window: u64) {
-        self.window = window;
+        self.window = window.min(MAX_WINDOW);
     }
 
     /// `set` was written since the frames in flight were read: acknowledging them says nothing about those chunks.

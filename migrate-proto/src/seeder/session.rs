@@ -1,0 +1,207 @@
+//! What exists once both sides agree: which chunks are where, and what is sent next.
+
+use alloc::vec::Vec;
+
+use super::lanes::Lanes;
+use super::pace::Pace;
+use super::{Batch, SeederConfig};
+use crate::bitmap::ChunkBitmap;
+use crate::chunk::ChunkRun;
+use crate::converge::{Micros, Observation};
+use crate::dirty::DirtyPage;
+use crate::error::ProtocolError;
+use crate::hello::Agreement;
+use crate::limits::{MAX_CHUNKS_IN_FRAME, MAX_PAYLOAD, MAX_RUNS};
+use crate::message::Message;
+use crate::schedule::Scheduler;
+
+/// A leecher asks for each chunk once, for a thread that waits: so many are never waiting or unacknowledged.
+const MAX_FETCHES: usize = 1 << 20;
+
+/// Rounds smaller than this say more about latency than about bandwidth.
+const TELLING: u64 = 4 << 20;
+
+/// What exists once both sides agree.
+#[derive(Debug)]
+pub(super) struct Session {
+    pub(super) agreement: Agreement,
+    pub(super) schedule: Scheduler,
+    /// Chunks that the first pass need not read, until all of them were handed out.
+    pub(super) holes: Option<ChunkBitmap>,
+    /// Holes below this chunk were handed out.
+    pub(super) holes_sent: u64,
+    /// Chunks of announced rounds which the leecher has not acknowledged.
+    pub(super) outstanding: ChunkBitmap,
+    /// The dirty set before the one of this round.
+    pub(super) previous: ChunkBitmap,
+    pub(super) lanes: Lanes,
+    pub(super) pace: Pace,
+    pub(super) round: u32,
+    pub(super) round_bytes: u64,
+    pub(super) round_began: Micros,
+    pub(super) bandwidth: u64,
+    pub(super) stalled: u32,
+    pub(super) observation: Option<Observation>,
+    pub(super) fetches: u64,
+}
+
+impl Session {
+    pub(super) fn new(now: Micros, agreement: Agreement, config: &SeederConfig) -> Self {
+        let chunks = agreement.layout.chunks();
+        Self {
+            schedule: Scheduler::new(chunks),
+            holes: None,
+            holes_sent: 0,
+            outstanding: ChunkBitmap::full(chunks),
+            previous: ChunkBitmap::empty(chunks),
+            lanes: Lanes::new(config.lanes),
+            pace: Pace::new(now, config.bandwidth),
+            round: 0,
+            round_bytes: 0,
+            round_began: now,
+            bandwidth: 0,
+            stalled: 0,
+            observation: None,
+            fetches: 0,
+            agreement,
+        }
+    }
+
+    pub(super) fn bytes_of(&self, set: &ChunkBitmap) -> u64 {
+        set.runs()
+            .map(|run| self.agreement.layout.bytes_in(run))
+            .sum()
+    }
+
+    pub(super) fn nothing_pending(&self) -> bool {
+        self.holes.is_none() && self.schedule.is_empty()
+    }
+
+    /// Begins a round with `set`: those chunks are remote at the leecher again.
+    pub(super) fn announce(&mut self, now: Micros, set: &ChunkBitmap) -> Vec<Message> {
+        self.round += 1;
+        self.round_began = now;
+        self.round_bytes = self.bytes_of(set);
+        self.lanes.outdate(set);
+        self.outstanding.union_with(set);
+        self.schedule.add(set, &self.previous);
+        self.previous = set.clone();
+        let mut messages = Message::dirty(self.round, DirtyPage::pages_of(set));
+        messages.push(Message::Round {
+            round: self.round,
+            chunks: set.count(),
+        });
+        messages
+    }
+
+    pub(super) fn observe(
+        &mut self,
+        now: Micros,
+        dirty: &ChunkBitmap,
+        fixed: Micros,
+    ) -> Observation {
+        let took = now.since(self.round_began);
+        let bytes = self.bytes_of(dirty);
+        let rate = u128::from(self.round_bytes) * 1_000_000 / u128::from(took.0.max(1));
+        let rate = u64::try_from(rate).unwrap_or(u64::MAX).max(1);
+        self.bandwidth = if self.round_bytes >= TELLING {
+            rate
+        } else {
+            // A small round is slower than the link, never faster.
+            self.bandwidth.max(rate)
+        };
+        self.stalled = if bytes * 10 <= self.round_bytes * 9 {
+            0
+        } else {
+            self.stalled + 1
+        };
+        let observation = Observation {
+            round: self.round,
+            dirty: bytes,
+            sent: self.round_bytes,
+            took,
+            bandwidth: self.bandwidth,
+            fixed,
+            stalled: self.stalled,
+            post_copy: self.agreement.post_copy,
+        };
+        self.observation = Some(observation);
+        observation
+    }
+
+    pub(super) fn fetch(&mut self, run: ChunkRun) -> Result<(), ProtocolError> {
+        let end = run.start.0.checked_add(run.count);
+        let inside = end.is_some_and(|end| end <= self.agreement.layout.chunks());
+        if !inside || run.count == 0 || run.count > self.chunks_in_frame(u32::MAX) {
+            return Err(ProtocolError::Violation {
+                reason: "it fetches chunks that do not exist, or too many at once",
+            });
+        }
+        if self.schedule.urgent_len() + self.lanes.urgent_len() >= MAX_FETCHES {
+            return Err(ProtocolError::Violation {
+                reason: "it fetches the same chunks again and again",
+            });
+        }
+        self.fetches += 1;
+        self.schedule.fetch(run);
+        Ok(())
+    }
+
+    /// How many chunks fit a frame of about `bytes`.
+    pub(super) fn chunks_in_frame(&self, bytes: u32) -> u64 {
+        let size = self.agreement.layout.chunk_size().bytes();
+        let bytes = bytes.min(MAX_PAYLOAD);
+        u64::from((bytes / size).max(1)).min(MAX_CHUNKS_IN_FRAME)
+    }
+
+    pub(super) fn next_batch(
+        &mut self,
+        now: Micros,
+        lane: u8,
+        bytes: u32,
+    ) -> Result<Option<Batch>, Micros> {
+        if !self.lanes.has_room() {
+            return Ok(None);
+        }
+        if let Some(holes) = self.next_holes() {
+            return Ok(Some(self.batch(lane, holes, true, 0)));
+        }
+        self.pace.ready(now)?;
+        let runs = self.schedule.next(self.chunks_in_frame(bytes));
+        if runs.is_empty() {
+            return Ok(None);
+        }
+        let bytes = runs
+            .iter()
+            .map(|&run| self.agreement.layout.bytes_in(run))
+            .sum();
+        Ok(Some(self.batch(lane, runs, false, bytes)))
+    }
+
+    /// A frame's worth of chunks that were never written.
+    pub(super) fn next_holes(&mut self) -> Option<Vec<ChunkRun>> {
+        let holes = self.holes.as_ref()?;
+        let mut runs = Vec::new();
+        while runs.len() < MAX_RUNS
+            && let Some(run) = holes.run_from(self.holes_sent, u64::MAX)
+        {
+            self.holes_sent = run.end();
+            runs.push(run);
+        }
+        if runs.len() < MAX_RUNS {
+            self.holes = None;
+        }
+        (!runs.is_empty()).then_some(runs)
+    }
+
+    pub(super) fn batch(&mut self, lane: u8, runs: Vec<ChunkRun>, hole: bool, bytes: u64) -> Batch {
+        let sequence = self.lanes.send(lane, runs.clone(), bytes);
+        Batch {
+            lane,
+            sequence,
+            round: self.round,
+            runs,
+            hole,
+        }
+    }
+}
