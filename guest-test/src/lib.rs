@@ -8,6 +8,7 @@
 pub mod accel;
 pub mod command;
 mod cpio;
+pub mod embedded;
 pub mod ferry;
 pub mod image;
 pub mod native;

@@ -1,12 +1,13 @@
 //! `cargo demo`: live-migrates a running virtual machine from one QEMU to another on this machine, and proves it.
 
 use std::path::PathBuf;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use clap::Parser;
 use guest_test::accel::accel;
+use guest_test::embedded;
 use guest_test::ferry::{self, Report};
 use guest_test::image::Image;
 use guest_test::packages;
@@ -32,6 +33,9 @@ struct Arguments {
     /// The `memferry` to use, in place of one built from this source.
     #[arg(long)]
     memferry: Option<PathBuf>,
+    /// Migrate a workload of its own between two processes, as where there is no QEMU.
+    #[arg(long)]
+    embedded: bool,
 }
 
 /// A GiB takes seconds; a machine that is busy or has little memory takes longer, and a stuck one for ever.
@@ -41,15 +45,99 @@ const CHECK_LIMIT: Duration = Duration::from_secs(120);
 /// How long the guest is watched at the destination.
 const AFTER: Duration = Duration::from_secs(2);
 
+/// Memory of the workload that is migrated where there is no QEMU.
+const EMBEDDED: u64 = 256 << 20;
+
 fn main() -> Result<ExitCode> {
+    if let Ok(memory) = std::env::var(embedded::MEMORY) {
+        embedded::serve(&memory)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let arguments = Arguments::parse();
-    packages::ensure(&[packages::QEMU])?;
-    println!("building memferry and the guest");
-    let memferry = match arguments.memferry {
-        Some(path) => path,
+    if arguments.embedded {
+        return migrate_embedded();
+    }
+    let image = packages::ensure(&[packages::QEMU]).and_then(|()| Image::prepare());
+    match image {
+        Ok(image) => migrate_guest(&arguments, image),
+        Err(reason) => {
+            println!("no QEMU guest can be booted here: {reason:#}");
+            migrate_embedded()
+        }
+    }
+}
+
+/// Without QEMU: a workload in a process of its own moves to another process.
+fn migrate_embedded() -> Result<ExitCode> {
+    println!(
+        "migrating an embedded workload of {} MiB between two processes, in place of a QEMU guest",
+        EMBEDDED >> 20
+    );
+    let program = std::env::current_exe()?;
+    let moved = embedded::run(|| Command::new(&program), EMBEDDED)?;
+    let milliseconds = |seconds: f64| format!("{:.1} ms", seconds * 1e3);
+    println!();
+    println!("  writes tracked by     {}", moved.tracking);
+    println!(
+        "  missing pages fault   {}",
+        if moved.faults {
+            "yes"
+        } else {
+            "no, this user may not attach"
+        }
+    );
+    println!("  total time            {}", milliseconds(moved.sent.total));
+    println!(
+        "  blackout, by itself   {}",
+        milliseconds(moved.blackout.as_secs_f64())
+    );
+    println!(
+        "  rounds                {}{}",
+        moved.sent.rounds,
+        if moved.sent.post_copy {
+            ", then post-copy"
+        } else {
+            ""
+        }
+    );
+    println!("  faults over the wire  {}", moved.received.faults);
+    println!();
+    let verified = moved
+        .sent
+        .verified
+        .is_some_and(|verdict| verdict.compared > 0 && verdict.different == 0);
+    let status = moved.status;
+    let proofs = [
+        (format!("it goes on: tick {}", status.ticks), status.running),
+        (
+            format!(
+                "it finds its memory right: {} pages checked, {} wrong",
+                status.checked, status.errors
+            ),
+            status.errors == 0,
+        ),
+        ("memory is equal, by memferry's digests".into(), verified),
+        (
+            "one owner: the source stands still".into(),
+            moved.source_stopped,
+        ),
+    ];
+    for (what, holds) in &proofs {
+        println!("  {} {what}", if *holds { "ok     " } else { "FAILED " });
+    }
+    Ok(if proofs.iter().all(|(_, holds)| *holds) {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn migrate_guest(arguments: &Arguments, image: Image) -> Result<ExitCode> {
+    println!("migrating a QEMU guest; building memferry");
+    let memferry = match &arguments.memferry {
+        Some(path) => path.clone(),
         None => ferry::build()?,
     };
-    let image = Image::prepare()?;
     let accel = accel()?;
     let config = GuestConfig {
         memory: arguments.memory << 20,
