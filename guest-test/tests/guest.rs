@@ -86,7 +86,7 @@ fn a_migration_by_qemu_has_a_blackout_and_goes_on() {
         limit: PATIENCE,
     };
     let report = native::migrate(&source, &destination, wish).unwrap();
-    assert!(report.blackout > Duration::ZERO && report.wire > config.writer.fill);
+    assert!(report.passage.blackout > Duration::ZERO && report.wire > config.writer.fill);
     assert!(!source.is_running().unwrap());
 }
 
