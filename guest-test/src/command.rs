@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
+use crate::interrupt::Leash;
+
 /// How often a wait looks whether something happened that cannot be waited on.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
 
@@ -54,6 +56,7 @@ pub fn status(command: &mut Command, limit: Duration) -> Result<ExitStatus> {
 /// # Errors
 /// If it does not end within `limit`; it is then killed.
 pub fn wait(child: &mut Child, limit: Duration) -> Result<ExitStatus> {
+    let _leash = Leash::hold(child);
     let deadline = Instant::now() + limit;
     let ended = poll_until(deadline, || child.try_wait().transpose());
     match ended {

@@ -12,6 +12,8 @@ use serde_json::Value;
 
 use crate::command;
 use crate::image;
+use crate::interrupt::Leash;
+use crate::process::{self, MemoryMeter};
 use crate::qemu::Guest;
 
 /// What a migration took, as the two commands tell it.
@@ -19,6 +21,8 @@ use crate::qemu::Guest;
 pub struct Report {
     /// When the sending command was started.
     pub began: Instant,
+    /// From there until the sender said that all memory was at the destination; what follows is verification.
+    pub complete: Duration,
     /// From there until both commands had ended.
     pub total: Duration,
     /// The events of `memferry qemu send`, in their order.
@@ -27,6 +31,21 @@ pub struct Report {
     pub received: Vec<Value>,
     /// Processor time of both QEMUs meanwhile, the guest's own included.
     pub cpu: Duration,
+    /// The part of that which the guest's processors used.
+    pub vcpu: Duration,
+    /// What `memferry qemu send` cost.
+    pub sender: Usage,
+    /// What `memferry qemu receive` cost, its wait for the sender included.
+    pub receiver: Usage,
+}
+
+/// What one of the two commands cost.
+#[derive(Debug, Clone, Copy)]
+pub struct Usage {
+    /// Its processor time.
+    pub cpu: Duration,
+    /// The most memory that it had resident, in bytes, without the guest's RAM that it maps.
+    pub resident: u64,
 }
 
 impl Report {
@@ -94,23 +113,45 @@ pub fn migrate(
     destination: &Guest,
     limit: Duration,
 ) -> Result<Report> {
-    let mut receive = Ferry::start(memferry, "receive", destination, None)?;
+    migrate_with(memferry, source, destination, &[], limit)
+}
+
+/// As [`migrate`], with more options for `memferry qemu send`.
+///
+/// # Errors
+/// As [`migrate`].
+pub fn migrate_with(
+    memferry: &Path,
+    source: &Guest,
+    destination: &Guest,
+    options: &[String],
+    limit: Duration,
+) -> Result<Report> {
+    let mut receive = Ferry::start(memferry, "receive", destination, &[])?;
     let pairing = receive.pairing()?;
 
     let cpu = || anyhow::Ok(source.cpu_time()? + destination.cpu_time()?);
-    let cpu_before = cpu()?;
+    let vcpu = || anyhow::Ok(source.vcpu_time()? + destination.vcpu_time()?);
+    let (cpu_before, vcpu_before) = (cpu()?, vcpu()?);
     let began = Instant::now();
     let deadline = began + limit;
-    let mut send = Ferry::start(memferry, "send", source, Some(&pairing))?;
+    let arguments = [&[pairing], options].concat();
+    let mut send = Ferry::start(memferry, "send", source, &arguments)?;
     // The sender first: where it fails, its reason is the better one.
-    send.finish(deadline)?;
-    receive.finish(deadline)?;
+    let sender = send.finish(deadline)?;
+    let receiver = receive.finish(deadline)?;
+    let total = began.elapsed();
+    let complete = send.complete.map_or(total, |at| at - began);
     Ok(Report {
         began,
-        total: began.elapsed(),
+        complete,
+        total,
         sent: std::mem::take(&mut send.events),
         received: std::mem::take(&mut receive.events),
         cpu: cpu()?.saturating_sub(cpu_before),
+        vcpu: vcpu()?.saturating_sub(vcpu_before),
+        sender,
+        receiver,
     })
 }
 
@@ -119,9 +160,13 @@ pub fn migrate(
 struct Ferry {
     name: &'static str,
     process: Child,
-    lines: Receiver<String>,
-    complaints: Receiver<String>,
+    _leash: Leash,
+    memory: Option<MemoryMeter>,
+    lines: Receiver<(Instant, String)>,
+    complaints: Receiver<(Instant, String)>,
     events: Vec<Value>,
+    /// When it said that all memory had been moved.
+    complete: Option<Instant>,
 }
 
 impl Ferry {
@@ -129,12 +174,12 @@ impl Ferry {
         memferry: &Path,
         name: &'static str,
         guest: &Guest,
-        pairing: Option<&str>,
+        arguments: &[String],
     ) -> Result<Self> {
         let mut process = Command::new(memferry)
             .args(["qemu", name, "--qmp"])
             .arg(guest.qmp_socket())
-            .args(pairing)
+            .args(arguments)
             .arg("--json")
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -143,12 +188,16 @@ impl Ferry {
             .with_context(|| format!("cannot start {}", memferry.display()))?;
         let lines = read_lines(process.stdout.take());
         let complaints = read_lines(process.stderr.take());
+        let ram_is_shared_memory = guest.memory_file().starts_with("/dev/shm");
         Ok(Self {
             name,
+            _leash: Leash::hold(&process),
+            memory: Some(MemoryMeter::start(process.id(), ram_is_shared_memory)),
             process,
             lines,
             complaints,
             events: Vec::new(),
+            complete: None,
         })
     }
 
@@ -163,8 +212,8 @@ impl Ferry {
         string.with_context(|| format!("the receiver's first event is no pairing: {event}"))
     }
 
-    /// Reads events until the command ends.
-    fn finish(&mut self, deadline: Instant) -> Result<()> {
+    /// Reads events until the command ends, and yields what it cost.
+    fn finish(&mut self, deadline: Instant) -> Result<Usage> {
         loop {
             match self.next(deadline) {
                 Ok(Some(_)) => {}
@@ -173,9 +222,15 @@ impl Ferry {
             }
         }
         let left = deadline.saturating_duration_since(Instant::now());
-        let status = command::wait(&mut self.process, left.max(Duration::from_secs(1)))?;
+        let left = left.max(Duration::from_secs(1));
+        process::wait_unreaped(&self.process, left)?;
+        let usage = Usage {
+            cpu: process::cpu_time(self.process.id())?,
+            resident: self.memory.take().map_or(0, MemoryMeter::finish),
+        };
+        let status = command::wait(&mut self.process, left)?;
         if status.success() {
-            Ok(())
+            Ok(usage)
         } else {
             Err(self.explain(anyhow!("it failed ({status})")))
         }
@@ -184,13 +239,16 @@ impl Ferry {
     /// The next event, or nothing when there are no more.
     fn next(&mut self, deadline: Instant) -> Result<Option<Value>> {
         let left = deadline.saturating_duration_since(Instant::now());
-        let line = match self.lines.recv_timeout(left) {
+        let (at, line) = match self.lines.recv_timeout(left) {
             Ok(line) => line,
             Err(RecvTimeoutError::Disconnected) => return Ok(None),
             Err(RecvTimeoutError::Timeout) => bail!("it did not get on in time"),
         };
         let event: Value =
             serde_json::from_str(&line).with_context(|| format!("not an event: {line}"))?;
+        if event["event"] == "phase" && event["phase"] == "verifying" {
+            self.complete = Some(at);
+        }
         self.events.push(event.clone());
         Ok(Some(event))
     }
@@ -198,7 +256,7 @@ impl Ferry {
     fn explain(&mut self, reason: anyhow::Error) -> anyhow::Error {
         // So that what it says on standard error is all there.
         let _ended = self.process.kill();
-        let complaints: Vec<String> = self.complaints.iter().collect();
+        let complaints: Vec<String> = self.complaints.iter().map(|(_, line)| line).collect();
         let events: Vec<String> = self.events.iter().map(Value::to_string).collect();
         reason.context(format!(
             "memferry qemu {}\nits events:\n{}\nits errors:\n{}",
@@ -217,7 +275,8 @@ impl Drop for Ferry {
     }
 }
 
-fn read_lines(pipe: Option<impl std::io::Read + Send + 'static>) -> Receiver<String> {
+/// Lines, each with the time at which it came.
+fn read_lines(pipe: Option<impl std::io::Read + Send + 'static>) -> Receiver<(Instant, String)> {
     let (sender, receiver) = mpsc::channel();
     thread::spawn(move || {
         for line in pipe
@@ -226,7 +285,7 @@ fn read_lines(pipe: Option<impl std::io::Read + Send + 'static>) -> Receiver<Str
             .map_while(Result::ok)
         {
             // Nobody listens any more: the rest is still read, so that the command does not block.
-            let _unheard = sender.send(line);
+            let _unheard = sender.send((Instant::now(), line));
         }
     });
     receiver

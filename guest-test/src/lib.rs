@@ -3,16 +3,20 @@
 //! [`Image`](image::Image) makes a kernel and an initramfs whose `/init` is the page-writer (`guest-test/guests`).
 //! [`Guest`](qemu::Guest) runs it in QEMU and collects its ticks and reports with the time each arrived.
 //! [`ticks`] turns those into the blackout that the guest saw. [`native`] is QEMU's own migration, to compare with,
-//! and [`ferry`] is ours, run as the command that users run. Nothing here calls the library that it tests.
+//! and [`ferry`] is ours, run as the command that users run; [`bench`] measures them side by side. Nothing here calls
+//! the library that it tests.
 
 pub mod accel;
+pub mod bench;
 pub mod command;
 mod cpio;
 pub mod embedded;
 pub mod ferry;
 pub mod image;
+pub mod interrupt;
 pub mod native;
 pub mod packages;
+pub mod process;
 pub mod qemu;
 pub mod qmp;
 pub mod serial;

@@ -14,6 +14,8 @@ use tempfile::TempDir;
 use crate::accel::Accel;
 use crate::command;
 use crate::image::Image;
+use crate::interrupt::Leash;
+use crate::process;
 use crate::qmp::Qmp;
 use crate::serial::{Content, Log, Ready, Report, Status, Tick};
 
@@ -109,6 +111,7 @@ impl Writer {
 #[derive(Debug)]
 pub struct Guest {
     process: Child,
+    _leash: Leash,
     monitor: Mutex<Qmp>,
     ticks: Log<Tick>,
     reports: Log<Report>,
@@ -217,19 +220,22 @@ impl Guest {
     /// # Errors
     /// If the process is gone.
     pub fn cpu_time(&self) -> Result<Duration> {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid()))?;
-        // The name is in brackets and may hold anything; fields are counted after it.
-        let (_, fields) = stat
-            .rsplit_once(") ")
-            .context("unknown format of /proc/PID/stat")?;
-        let ticks: u64 = fields
-            .split(' ')
-            .skip(11) // utime and stime are fields 14 and 15 of all, the name is field 2
-            .take(2)
-            .map(|field| field.parse::<u64>().unwrap_or(0))
-            .sum();
-        let per_second = rustix::param::clock_ticks_per_second();
-        Ok(Duration::from_millis(ticks * 1000 / per_second.max(1)))
+        process::cpu_time(self.pid())
+    }
+
+    /// The part of [`cpu_time`](Self::cpu_time) that QEMU's threads for the guest's processors have used.
+    ///
+    /// # Errors
+    /// If QEMU does not answer.
+    pub fn vcpu_time(&self) -> Result<Duration> {
+        let processors = self
+            .monitor()
+            .execute("query-cpus-fast", serde_json::json!({}))?;
+        let threads = processors.as_array().into_iter().flatten();
+        threads
+            .filter_map(|processor| processor["thread-id"].as_u64())
+            .map(|thread| process::thread_cpu_time(self.pid(), thread))
+            .sum()
     }
 
     /// Waits until the guest has verified all of its memory once more, from the beginning, and found it right.
@@ -296,6 +302,7 @@ impl Guest {
             .stderr(File::create(path("stderr"))?)
             .spawn()
             .context("cannot start qemu-system-x86_64 (Debian: apt-get install qemu-system-x86)")?;
+        let leash = Leash::hold(&process);
         let connected = connect(&mut process, [&serial, &ticks, &harness]).and_then(|ports| {
             let [serial, ticks, harness] = ports;
             Ok((serial, ticks, Qmp::new(harness)?))
@@ -312,6 +319,7 @@ impl Guest {
         let (ticks, ticks_reader) = Log::read(ticks, Tick::parse);
         Ok(Self {
             process,
+            _leash: leash,
             monitor: Mutex::new(monitor),
             ticks,
             reports,

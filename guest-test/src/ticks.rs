@@ -2,9 +2,51 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
-use crate::serial::Tick;
+use crate::serial::{Log, Tick};
+
+/// What a guest's user noticed of its move.
+#[derive(Debug, Clone, Copy, serde::Serialize)]
+pub struct Passage {
+    /// How long it stood still.
+    pub blackout: Duration,
+    /// The two seconds after it.
+    pub brownout: Steadiness,
+    /// The second before the migration, to compare with.
+    pub before: Steadiness,
+}
+
+/// How long to watch a guest after it has moved.
+const AFTER: Duration = Duration::from_secs(2);
+const ARRIVAL_LIMIT: Duration = Duration::from_secs(30);
+
+/// Watches a guest at the destination until it has run there for two seconds, and sums up a migration that `began`
+/// then.
+///
+/// # Errors
+/// If it does not tick there within half a minute, stops again, or its ticks do not continue those of the source.
+pub fn passage(source: &Log<Tick>, destination: &Log<Tick>, began: Instant) -> Result<Passage> {
+    let first = destination
+        .wait(Instant::now() + ARRIVAL_LIMIT, |ticks| {
+            ticks.first().copied()
+        })
+        .context("the guest does not tick at the destination")?;
+    let until = first.at + AFTER;
+    destination
+        .wait(until + ARRIVAL_LIMIT, |ticks| {
+            ticks.last().filter(|last| last.at >= until).map(|_| ())
+        })
+        .context("the guest stopped ticking at the destination")?;
+    let (before, after) = (source.all(), destination.all());
+    check_continuity(&before, &after)?;
+    let second = Duration::from_secs(1);
+    Ok(Passage {
+        blackout: blackout(&before, &after)?,
+        brownout: steadiness(&after, first.at, AFTER),
+        before: steadiness(&before, began - second, second),
+    })
+}
 
 /// How evenly ticks came during a while.
 #[derive(Debug, Clone, Copy, serde::Serialize)]

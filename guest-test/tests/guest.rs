@@ -80,7 +80,7 @@ fn a_migration_by_qemu_has_a_blackout_and_goes_on() {
     };
     let report = native::migrate(&source, &destination, wish).unwrap();
     destination.await_clean_pass(soon()).unwrap();
-    assert!(report.blackout > Duration::ZERO && report.wire > config.writer.fill);
+    assert!(report.passage.blackout > Duration::ZERO && report.wire > config.writer.fill);
     assert!(!source.is_running().unwrap());
 }
 

@@ -1,0 +1,49 @@
+//! `memferry bench`: measures Memferry side by side with what it has to beat.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use guest_test::bench::{self, Outcome};
+use guest_test::interrupt;
+
+/// Measures Memferry side by side with what it has to beat, on this machine.
+#[derive(Debug, Parser)]
+#[command(name = "memferry bench", version)]
+struct Arguments {
+    /// The `memferry` to measure, in place of one built from this source
+    #[arg(long, value_name = "PATH")]
+    memferry: Option<PathBuf>,
+    #[command(subcommand)]
+    suite: Suite,
+}
+
+#[derive(Debug, Subcommand)]
+enum Suite {
+    /// Live migration of a QEMU guest that writes: memferry and QEMU's pre-copy, multifd and post-copy
+    ///
+    /// Prints a table with the median and the spread of every figure, then one JSON line a goal. All times are those of
+    /// one machine that runs both QEMUs, both memferrys and this program.
+    ///
+    /// Exit codes: 0 it was measured, 1 a migration by memferry failed or damaged the guest, or a goal is not met and
+    /// --require-goals was given, 2 wrong arguments, 130 interrupted.
+    Qemu(bench::Options),
+}
+
+fn main() -> Result<ExitCode> {
+    let Arguments { memferry, suite } = Arguments::parse();
+    interrupt::handle()?;
+    let result = match suite {
+        Suite::Qemu(options) => bench::run(&options, memferry),
+    };
+    match result {
+        Err(reason) if interrupt::requested() => {
+            eprintln!("memferry bench: {reason:#}");
+            Ok(ExitCode::from(130))
+        }
+        Err(reason) => Err(reason),
+        Ok(Outcome::Measured) => Ok(ExitCode::SUCCESS),
+        Ok(Outcome::GoalsMissed | Outcome::Failed) => Ok(ExitCode::FAILURE),
+    }
+}
