@@ -1,0 +1,1 @@
+//! Connections that break at every point of the stream.

@@ -1,0 +1,1 @@
+//! Migrations that go wrong: the source runs on.
