@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::Read;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, mpsc};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -252,7 +252,7 @@ impl Incoming for Newcomer {
     fn load(
         &mut self,
         state: &mut (dyn Read + Send),
-        _deadline: Instant,
+        deadline: Instant,
     ) -> Result<(), SubjectError> {
         let mut bytes = Vec::new();
         state.read_to_end(&mut bytes).unwrap();
@@ -260,16 +260,25 @@ impl Incoming for Newcomer {
         if self.trouble == Some(Trouble::Load) {
             return Err(SubjectError::new("the test wants loading to fail"));
         }
-        // Devices look at memory while they are loaded.
-        for (memory, source) in self.memory.iter().zip(&self.source) {
-            let last = memory.len().div_ceil(PAGE) - 1;
-            for page in [0, last / 2, last] {
-                if touch(memory, page) != read(source, page) {
-                    self.look.wrong.fetch_add(1, Ordering::SeqCst);
-                }
+        // Devices look at memory while they are loaded, and wait where it is absent.
+        let (memory, source) = (self.memory.clone(), self.source.clone());
+        let (done, looked) = mpsc::channel();
+        std::thread::spawn(move || {
+            let wrong = memory.iter().zip(&source).map(|(memory, source)| {
+                let last = memory.len().div_ceil(PAGE) - 1;
+                let differs = |page: &u64| touch(memory, *page) != read(source, *page);
+                [0, last / 2, last].iter().filter(|&page| differs(page)).count()
+            });
+            // Nobody listens any more if it came too late.
+            let _ = done.send(wrong.sum::<usize>());
+        });
+        match looked.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(wrong) => {
+                self.look.wrong.fetch_add(wrong as u64, Ordering::SeqCst);
+                Ok(())
             }
+            Err(_) => Err(SubjectError::new("the memory did not come in time")),
         }
-        Ok(())
     }
 
     fn resume(&mut self, _deadline: Instant) -> Result<(), SubjectError> {
