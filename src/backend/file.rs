@@ -10,6 +10,7 @@ use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::Errno;
 
 use crate::chunk::Storage;
+use crate::sys::mapping::page_size;
 use crate::sys::sparse::{next_data, next_hole};
 
 /// A file, read and written by position; its holes stay holes until they are written.
@@ -20,6 +21,8 @@ use crate::sys::sparse::{next_data, next_hole};
 pub struct FileStorage {
     file: File,
     len: u64,
+    /// Where the last page ends, if there is anything behind the last byte.
+    end_of_pages: u64,
 }
 
 impl FileStorage {
@@ -30,17 +33,22 @@ impl FileStorage {
     pub fn new(file: File) -> io::Result<Self> {
         use std::os::unix::fs::FileTypeExt;
         let metadata = file.metadata()?;
-        let len = if metadata.is_file() {
-            metadata.len()
+        let (len, end_of_pages) = if metadata.is_file() {
+            (metadata.len(), metadata.len().next_multiple_of(page_size()))
         } else if metadata.file_type().is_block_device() {
-            rustix::fs::seek(&file, SeekFrom::End(0))?
+            let len = rustix::fs::seek(&file, SeekFrom::End(0))?;
+            (len, len)
         } else {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
                 "only a regular file or a block device has bytes at positions",
             ));
         };
-        Ok(Self { file, len })
+        Ok(Self {
+            file,
+            len,
+            end_of_pages,
+        })
     }
 
     /// The file itself.
@@ -52,7 +60,8 @@ impl FileStorage {
     /// Turns `range` back into a hole: it reads as zeros, its room is free, and an access to a mapping that is
     /// registered for missing pages faults.
     ///
-    /// Only whole pages (blocks, on a disk) become holes; what the range has of others is set to zero.
+    /// Only whole pages (blocks, on a disk) become holes; what the range has of others is set to zero. A last page that
+    /// the file only begins is whole if the range reaches the end.
     ///
     /// # Errors
     /// [`io::ErrorKind::UnexpectedEof`] if the range reaches beyond the end; [`io::ErrorKind::Unsupported`] if the
@@ -66,6 +75,12 @@ impl FileStorage {
         if len == 0 {
             return Ok(());
         }
+        // The kernel would take the last page for a part of one, zero it and leave it present: no access would fault.
+        let len = if range.end == self.len {
+            self.end_of_pages - range.start
+        } else {
+            len
+        };
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         loop {
             return match rustix::fs::fallocate(&self.file, flags, range.start, len) {
@@ -208,6 +223,17 @@ mod tests {
             assert_eq!(storage.data_ranges().unwrap(), [0..4096, 16384..65536]);
             let beyond = storage.punch(0..65537).unwrap_err();
             assert_eq!(beyond.kind(), io::ErrorKind::UnexpectedEof);
+        }
+    }
+
+    #[test]
+    fn a_last_page_that_the_file_only_begins_becomes_a_hole_like_the_others() {
+        // It was zeroed and left present, so a guest that ran before its last page had come read zeros there.
+        for storage in files(4096 + 100) {
+            storage.write_all_at(&[1; 4196], 0).unwrap();
+            storage.punch(4096..4196).unwrap();
+            assert_eq!(storage.data_ranges().unwrap(), [0..4096]);
+            assert_eq!(storage.file().metadata().unwrap().len(), 4196);
         }
     }
 
