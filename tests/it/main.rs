@@ -1,2 +1,7 @@
-//! Tests of the public interface that need no privilege.
+//! Tests of the public interface that need no privilege, and of the rules of this house.
 #![allow(clippy::unwrap_used, reason = "a test may panic, helpers too")]
+
+mod dependencies;
+mod layers;
+mod sources;
+mod tidy;
