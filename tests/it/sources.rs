@@ -86,7 +86,8 @@ fn collect(folder: &Path, endings: &[&str], found: &mut Vec<Source>) {
 
 /// Tests come last in a file, in a module of their own.
 fn beginning_of_tests(code: &str) -> usize {
-    code.find("#[cfg(test)]\nmod tests {").unwrap_or(code.len())
+    code.find("#[cfg(test)]\nmod tests {")
+        .unwrap_or_else(|| code.len())
 }
 
 /// Blanks comments, strings and characters; knows raw strings, and that a lifetime is no character.
