@@ -1,4 +1,8 @@
-//! Tests of the public interface that need no privilege.
+//! Tests of the public interface that need no privilege, and of the rules of this house.
 #![allow(clippy::unwrap_used, reason = "a test may panic, helpers too")]
 
+mod dependencies;
+mod layers;
 mod migrate;
+mod sources;
+mod tidy;
