@@ -30,7 +30,7 @@ use memferry::transport::{Listener, Pairing, Session};
 
 pub use worker::{Status, Worker, serve};
 
-/// Names the descriptor and the length of the memory that a process of this binary is to work on.
+/// Names the file and the length of the memory that a process of this binary is to work on.
 pub const MEMORY: &str = "MEMFERRY_EMBEDDED_MEMORY";
 
 /// How long anything but the copying may take.
@@ -63,10 +63,9 @@ pub struct Moved {
 pub fn run(program: impl Fn() -> Command, len: u64) -> Result<Moved> {
     let start = || -> Result<(Worker, File)> {
         let memory = memfd("memferry-embedded", len)?;
-        // Inherited, so it must survive exec; rustix duplicates without close-on-exec.
-        let inherited = rustix::io::dup(&memory)?;
+        let path = format!("/proc/{}/fd/{}", std::process::id(), memory.as_raw_fd());
         let mut program = program();
-        program.env(MEMORY, format!("{}:{len}", inherited.as_raw_fd()));
+        program.env(MEMORY, format!("{path}:{len}"));
         Ok((Worker::start(&mut program)?, memory))
     };
     let (mut source, source_memory) = start()?;

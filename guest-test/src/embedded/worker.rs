@@ -1,7 +1,7 @@
 //! The process that works, and the handle on it: a line of JSON for each request and answer.
 
+use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::fd::{FromRawFd, OwnedFd};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread;
@@ -75,9 +75,8 @@ pub struct Status {
 /// # Errors
 /// If the memory cannot be mapped or the other end breaks off.
 pub fn serve(memory: &str) -> Result<()> {
-    let (fd, len) = memory.split_once(':').context("no length")?;
-    let fd: i32 = fd.parse()?;
-    let file = inherited(fd);
+    let (path, len) = memory.rsplit_once(':').context("no length")?;
+    let file = File::options().read(true).write(true).open(path)?;
     let mut workload = Workload {
         memory: Mapping::new(file, len.parse()?)?,
         state: State::default(),
@@ -115,15 +114,6 @@ pub fn serve(memory: &str) -> Result<()> {
             Err(RecvTimeoutError::Disconnected) => return Ok(()),
         }
     }
-}
-
-#[allow(
-    unsafe_code,
-    reason = "a descriptor by its number, which only the environment says"
-)]
-fn inherited(fd: i32) -> std::fs::File {
-    // SAFETY: the parent passed this descriptor for this process to own, and nobody else here knows of it.
-    unsafe { OwnedFd::from_raw_fd(fd) }.into()
 }
 
 #[derive(Debug)]
