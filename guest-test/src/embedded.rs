@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, ensure};
 use memferry::attach::{Keep, Target};
 use memferry::backend::FileStorage;
-use memferry::chunk::{ChunkSize, Place};
+use memferry::chunk::{ChunkSize, Place, Storage};
 use memferry::dirty::{Area, Digest, DirtyTracker, WriteProtect};
 use memferry::frontend::{FaultArea, FileRam, Watch};
 use memferry::migrate::{
@@ -73,15 +73,10 @@ pub fn run(program: impl Fn() -> Command, len: u64) -> Result<Moved> {
     source.fill(Instant::now() + PATIENCE * 6)?;
     source.run()?;
 
-    let (tracker, tracking) = track(source.pid(), &source_memory, len)?;
+    let (region, tracking) = region(source.pid(), source_memory, len)?;
     let watch = watch(destination.pid(), &destination_memory);
     let faults = watch.is_ok();
     let ram = FileRam::new(vec![destination_memory], watch.ok())?;
-    let region = SourceRegion {
-        name: "memory".into(),
-        storage: Arc::new(FileStorage::new(source_memory)?),
-        tracker,
-    };
     let listener = Listener::bind(([127, 0, 0, 1], 0).into())?;
     let pairing = Pairing::new(listener.local_addr()?.to_string())?;
     let (sent, received) = thread::scope(|scope| {
@@ -140,12 +135,13 @@ pub fn run(program: impl Fn() -> Command, len: u64) -> Result<Moved> {
     })
 }
 
-/// The best tracker that this user may use, and what it is called.
-fn track(pid: u32, memory: &File, len: u64) -> Result<(Arc<dyn DirtyTracker>, &'static str)> {
+/// The memory with the best tracker that this user may use, and what that is called.
+fn region(pid: u32, memory: File, len: u64) -> Result<(SourceRegion, &'static str)> {
+    let storage = Arc::new(FileStorage::new(memory.try_clone()?)?);
     let protect = || -> Result<WriteProtect> {
         let target = Target::open(pid)?;
         let areas = target
-            .mappings_of(memory)?
+            .mappings_of(&memory)?
             .into_iter()
             .map(|mapping| Area {
                 address: mapping.address,
@@ -163,12 +159,23 @@ fn track(pid: u32, memory: &File, len: u64) -> Result<(Arc<dyn DirtyTracker>, &'
             ChunkSize::PAGE,
         )?)
     };
+    let region = |storage: Arc<dyn Storage>, tracker: Arc<dyn DirtyTracker>| SourceRegion {
+        name: "memory".into(),
+        storage,
+        tracker,
+        late: None,
+    };
     Ok(match protect() {
-        Ok(tracker) => (Arc::new(tracker), "write protection, attached from outside"),
+        Ok(tracker) => (
+            region(storage, Arc::new(tracker)),
+            "write protection, attached from outside",
+        ),
         Err(_) => {
-            let storage = Arc::new(FileStorage::new(memory.try_clone()?)?);
-            let tracker = Digest::new(storage, ChunkSize::PAGE);
-            (Arc::new(tracker), "digests, since this user may not attach")
+            let tracker = Arc::new(Digest::new(storage, ChunkSize::PAGE));
+            (
+                region(tracker.observed(), tracker),
+                "digests, since this user may not attach",
+            )
         }
     })
 }

@@ -17,8 +17,8 @@ use crate::chunk::{ChunkBitmap, ChunkSize, Storage};
 /// not read. Keeps 8 bytes for each chunk, 0.2 % of the region with the smallest chunks.
 ///
 /// One change can escape it: a chunk that is read, to be sent, while it is not what it was at the last take, and that
-/// is then changed back. So tell it the digest of what was read, by [`observe`](Self::observe): later takes compare
-/// with that.
+/// is then changed back. So read what is sent through [`observed`](Self::observed): later takes compare with what was
+/// read there.
 #[derive(Debug)]
 pub struct Digest {
     storage: Arc<dyn Storage>,
@@ -51,6 +51,12 @@ impl Digest {
         if let Some(known) = place.and_then(|(chunk, state)| state.digests.get_mut(chunk)) {
             *known = digest;
         }
+    }
+
+    /// The region, to be read by who sends it: the chunks that are read whole are [observed](Self::observe).
+    #[must_use]
+    pub fn observed(self: &Arc<Self>) -> Arc<dyn Storage> {
+        Arc::new(Observed(Arc::clone(self)))
     }
 
     fn state(&self) -> MutexGuard<'_, Option<State>> {
@@ -93,6 +99,43 @@ impl Digest {
             found(chunk, digest);
         }
         Ok(())
+    }
+}
+
+/// A region whose reads its tracker is told of.
+#[derive(Debug)]
+struct Observed(Arc<Digest>);
+
+impl Storage for Observed {
+    fn len(&self) -> u64 {
+        self.0.storage.len()
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.0.storage.read_exact_at(buf, offset)?;
+        let size = u64::from(self.0.chunk_size.bytes());
+        let end = offset + buf.len() as u64;
+        for chunk in offset.div_ceil(size)..self.0.chunk_size.chunks_in(end) {
+            let bytes = self.0.bytes_of(chunk);
+            if bytes.end <= end {
+                let at = |position: u64| usize::try_from(position - offset).expect("in the buffer");
+                self.0
+                    .observe(chunk, xxh3_64(&buf[at(bytes.start)..at(bytes.end)]));
+            }
+        }
+        Ok(())
+    }
+
+    fn write_all_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.0.storage.write_all_at(buf, offset)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.0.storage.flush()
+    }
+
+    fn data_ranges(&self) -> io::Result<Vec<Range<u64>>> {
+        self.0.storage.data_ranges()
     }
 }
 
@@ -198,5 +241,25 @@ mod tests {
         fixture.tracker.start().unwrap();
         fixture.file.punch(4096..8192).unwrap();
         assert!(fixture.tracker.take().unwrap().contains(1));
+    }
+
+    #[test]
+    fn a_change_that_was_read_and_then_undone_is_named() {
+        let file = Arc::new(FileStorage::new(memfd("undone", 3 * 4096 + 5).unwrap()).unwrap());
+        let tracker = Arc::new(Digest::new(file.clone(), ChunkSize::PAGE));
+        tracker.start().unwrap();
+        file.write_all_at(&[1; 5], 3 * 4096).unwrap();
+        file.write_all_at(&[1], 4096).unwrap();
+        let mut sent = vec![0; 3 * 4096 + 5];
+        tracker.observed().read_exact_at(&mut sent, 0).unwrap();
+        file.write_all_at(&[0; 5], 3 * 4096).unwrap();
+        file.write_all_at(&[0], 4096).unwrap();
+        let named: Vec<_> = tracker
+            .take()
+            .unwrap()
+            .runs()
+            .flat_map(|run| run.range())
+            .collect();
+        assert_eq!(named, [1, 3]);
     }
 }

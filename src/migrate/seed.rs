@@ -29,6 +29,18 @@ pub struct SourceRegion {
     pub storage: Arc<dyn Storage>,
     /// Which of its chunks were written; its chunk size is that of [`SeedOptions::chunk_size`].
     pub tracker: Arc<dyn DirtyTracker>,
+    /// Finds changes that `tracker` does not see, and takes long for it. Asked beside `tracker` while the subject runs,
+    /// and once while it saves its state.
+    pub late: Option<Arc<dyn DirtyTracker>>,
+}
+
+impl SourceRegion {
+    fn trackers(&self) -> impl Iterator<Item = &dyn DirtyTracker> {
+        [Some(&self.tracker), self.late.as_ref()]
+            .into_iter()
+            .flatten()
+            .map(AsRef::as_ref)
+    }
 }
 
 /// How a session of the source ended well.
@@ -148,13 +160,19 @@ fn present_chunks(regions: &[SourceRegion], layout: &Layout) -> std::io::Result<
     Ok(present)
 }
 
-/// The chunks that were written since they were last asked for.
-fn take_dirty(regions: &[SourceRegion], layout: &Layout) -> std::io::Result<ChunkBitmap> {
+/// The chunks that were written since these trackers, of which each region has some, were last asked.
+fn take_dirty<'a, T: IntoIterator<Item = &'a dyn DirtyTracker>>(
+    regions: &'a [SourceRegion],
+    layout: &Layout,
+    trackers: impl Fn(&'a SourceRegion) -> T,
+) -> std::io::Result<ChunkBitmap> {
     let mut dirty = ChunkBitmap::empty(layout.chunks());
     for (index, region) in regions.iter().enumerate() {
         let first = layout.chunks_of(index).start.0;
-        for run in region.tracker.take()?.runs() {
-            dirty.insert_run(migrate_proto::ChunkRun::new(first + run.start.0, run.count));
+        for tracker in trackers(region) {
+            for run in tracker.take()?.runs() {
+                dirty.insert_run(migrate_proto::ChunkRun::new(first + run.start.0, run.count));
+            }
         }
     }
     Ok(dirty)

@@ -20,6 +20,7 @@ use super::{
     Cause, LINGER, SeedError, SeedOutcome, SourceRegion, bytes_of, present_chunks, restore_dirty,
     take_dirty,
 };
+use crate::dirty::DirtyTracker;
 use crate::migrate::cancel::Cancel;
 use crate::migrate::clock::{Clock, duration, micros};
 use crate::migrate::monitor::Monitor;
@@ -159,8 +160,10 @@ impl<'a> Driver<'a> {
             outcome
         });
         for region in self.regions {
-            // After the session nobody needs to know what changes. A kernel that refuses has nothing registered.
-            let _ = region.tracker.stop();
+            for tracker in region.trackers() {
+                // After the session nobody needs to know what changes. A kernel that refuses has nothing registered.
+                let _ = tracker.stop();
+            }
         }
         outcome
     }
@@ -280,7 +283,7 @@ impl<'a> Driver<'a> {
                     .forecast(monitor, writer)
                     .map(|made| forecast = Some(made)),
                 Event::Start => self.start(monitor, &mut moments),
-                Event::Take => self.take(monitor),
+                Event::Take => self.end_round(monitor),
                 Event::Suspend { decision, .. } => {
                     self.enter(&mut moments, Phase::CutOver);
                     moments.post_copy = decision == Decision::PostCopy;
@@ -414,10 +417,11 @@ impl<'a> Driver<'a> {
         });
         self.enter(moments, Phase::PreCopy);
         for region in self.regions {
-            region
-                .tracker
-                .start()
-                .map_err(local("cannot track what the guest writes"))?;
+            for tracker in region.trackers() {
+                tracker
+                    .start()
+                    .map_err(local("cannot track what the guest writes"))?;
+            }
         }
         let present =
             present_chunks(self.regions, self.layout).map_err(local("cannot look for holes"))?;
@@ -449,8 +453,8 @@ impl<'a> Driver<'a> {
         Ok(made)
     }
 
-    fn take(&self, monitor: &Monitor<Seeder>) -> Result<(), Cause> {
-        let dirty = self.take_dirty()?;
+    fn end_round(&self, monitor: &Monitor<Seeder>) -> Result<(), Cause> {
+        let dirty = self.take(SourceRegion::trackers)?;
         let now = self.clock.now();
         let seen = monitor.tell(|seeder| {
             seeder.handle_dirty(now, dirty);
@@ -469,8 +473,12 @@ impl<'a> Driver<'a> {
         Ok(())
     }
 
-    fn take_dirty(&self) -> Result<ChunkBitmap, Cause> {
-        take_dirty(self.regions, self.layout).map_err(local("cannot tell what the guest wrote"))
+    fn take<'t, T: IntoIterator<Item = &'t dyn DirtyTracker>>(
+        &'t self,
+        trackers: impl Fn(&'t SourceRegion) -> T,
+    ) -> Result<ChunkBitmap, Cause> {
+        take_dirty(self.regions, self.layout, trackers)
+            .map_err(local("cannot tell what the guest wrote"))
     }
 
     /// Suspend, take, save, take again: the last take is after everything that writes.
@@ -484,24 +492,39 @@ impl<'a> Driver<'a> {
         moments.began = Some(self.clock.elapsed());
         subject.suspend(Instant::now() + self.options.subject_deadline)?;
         self.mark(moments, "suspended");
-        let dirty = self.take_dirty()?;
+        let dirty = self.take(|region| [region.tracker.as_ref()])?;
         let now = self.clock.now();
         monitor.tell(|seeder| seeder.handle_suspended(now, &dirty));
         self.mark(moments, "dirty set sent");
-        let mut sink = StateSink::new(writer);
-        let saved = subject
-            .save(&mut sink, Instant::now() + self.options.subject_deadline)
-            .and_then(|()| {
-                sink.finish()
-                    .map_err(|error| SubjectError::because("cannot send the device state", error))
-            });
+        // What takes long to find is looked for while QEMU, or whatever it is, is busy with its state.
+        let (saved, late) = thread::scope(|scope| {
+            let late = scope.spawn(|| self.take(|region| region.late.as_deref()));
+            let saved = self.save(writer, subject);
+            let late = late
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            (saved, late)
+        });
         let (len, digest) = saved?;
+        let mut dirty = late?;
         self.mark(moments, "state sent");
         moments.state_bytes = len;
-        let dirty = self.take_dirty()?;
+        dirty.union_with(&self.take(|region| [region.tracker.as_ref()])?);
         let now = self.clock.now();
         monitor.tell(|seeder| seeder.handle_saved(now, len, digest, dirty));
         Ok(())
+    }
+
+    /// Sends the device state; its length and digest.
+    fn save(
+        &self,
+        writer: &Mutex<LaneWriter>,
+        subject: &mut dyn Outgoing,
+    ) -> Result<(u64, u64), SubjectError> {
+        let mut sink = StateSink::new(writer);
+        subject.save(&mut sink, Instant::now() + self.options.subject_deadline)?;
+        sink.finish()
+            .map_err(|error| SubjectError::because("cannot send the device state", error))
     }
 
     fn compare(&self, monitor: &Monitor<Seeder>, moments: &mut Moments) -> Result<(), Cause> {

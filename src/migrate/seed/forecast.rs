@@ -31,7 +31,9 @@ pub(super) fn measure(
     let bandwidth = probe(writer)?.min(options.bandwidth.unwrap_or(u64::MAX));
     let watched = watch(regions, layout);
     for region in regions {
-        region.tracker.stop()?;
+        for tracker in region.trackers() {
+            tracker.stop()?;
+        }
     }
     let dirty = watched?;
     let present = present_chunks(regions, layout)?;
@@ -49,13 +51,15 @@ pub(super) fn measure(
 /// Bytes that the guest dirtied in [`WATCH`].
 fn watch(regions: &[SourceRegion], layout: &Layout) -> io::Result<u64> {
     for region in regions {
-        region.tracker.start()?;
+        for tracker in region.trackers() {
+            tracker.start()?;
+        }
     }
     // Nobody sends: the time-out is the watch.
     let (_keep, never) = mpsc::channel::<()>();
     let watched = never.recv_timeout(WATCH);
     debug_assert_eq!(watched, Err(RecvTimeoutError::Timeout));
-    let dirty = take_dirty(regions, layout)?;
+    let dirty = take_dirty(regions, layout, SourceRegion::trackers)?;
     Ok(dirty.runs().map(|run| layout.bytes_in(run)).sum())
 }
 

@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use memferry::backend::FileStorage;
-use memferry::chunk::{ChunkSize, Storage};
+use memferry::chunk::ChunkSize;
 use memferry::dirty::{Area, DirtyTracker, WriteProtect};
 use memferry::migrate::SourceRegion;
 use memferry::subject::{Description, Outgoing, SubjectError};
@@ -199,6 +199,7 @@ impl Source {
                 name: format!("r{index}"),
                 storage: Arc::new(FileStorage::new(memory.file().try_clone().unwrap()).unwrap()),
                 tracker: tracker.clone(),
+                late: None,
             })
             .collect()
     }

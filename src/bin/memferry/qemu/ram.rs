@@ -9,7 +9,7 @@ use anyhow::{Context, ensure};
 use memferry::attach::{AttachError, Keep, Target};
 use memferry::backend::FileStorage;
 use memferry::chunk::{ChunkSize, Place, Storage};
-use memferry::dirty::{Area, Digest, DirtyTracker, Discards, Halt, SoftDirty, Union, WriteProtect};
+use memferry::dirty::{Area, Digest, DirtyTracker, Discards, Halt, SoftDirty, WriteProtect};
 use memferry::frontend::{FaultArea, FileRam, Watch};
 use memferry::migrate::SourceRegion;
 use memferry::subject::qemu::Machine;
@@ -35,32 +35,36 @@ pub(super) fn source(machine: &Machine, chunk_size: ChunkSize) -> anyhow::Result
     let mut remark = None;
     let mut regions = Vec::new();
     for (name, file) in files {
-        let storage = Arc::new(FileStorage::new(file.try_clone()?)?);
+        let file_storage = Arc::new(FileStorage::new(file.try_clone()?)?);
+        let mut storage: Arc<dyn Storage> = file_storage.clone();
         let ram = Ram {
             file,
             len: storage.len(),
             chunk_size,
         };
         // The kernel does not count a page that the guest gives back as written.
-        let discards = || Discards::new(storage.clone(), chunk_size);
+        let discards: Arc<dyn DirtyTracker> =
+            Arc::new(Discards::new(file_storage.clone(), chunk_size));
         let protected = match &target {
             Ok(target) => ram.write_protect(target),
             Err(error) => Err(anyhow::anyhow!("{error}")),
         };
-        let tracker: Arc<dyn DirtyTracker> = match protected {
-            Ok(writes) => Arc::new(Union(writes, discards())),
+        let (tracker, late): (Arc<dyn DirtyTracker>, _) = match protected {
+            Ok(writes) => (Arc::new(writes), Some(discards)),
             Err(error) => match &target {
                 Ok(target) if alone && let Ok(writes) = ram.soft_dirty(target) => {
                     remark.get_or_insert(format!(
                         "tracking by soft-dirty bits, which halts QEMU for a moment in every round: {error:#}"
                     ));
-                    Arc::new(Union(writes, discards()))
+                    (Arc::new(writes), Some(discards))
                 }
                 _ => {
                     remark.get_or_insert(format!(
                         "finding writes by reading all of the memory in every round, which is slow: {error:#}"
                     ));
-                    Arc::new(Digest::new(storage.clone(), chunk_size))
+                    let tracker = Arc::new(Digest::new(file_storage.clone(), chunk_size));
+                    storage = tracker.observed();
+                    (tracker, None)
                 }
             },
         };
@@ -68,6 +72,7 @@ pub(super) fn source(machine: &Machine, chunk_size: ChunkSize) -> anyhow::Result
             name,
             storage,
             tracker,
+            late,
         });
     }
     Ok(SourceRam { regions, remark })
