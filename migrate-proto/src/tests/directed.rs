@@ -129,6 +129,26 @@ fn an_acknowledged_answer_from_before_the_last_set_does_not_count() {
     assert_eq!(*restore, set(&[4]));
 }
 
+/// The leecher dropped an answer that came after a set which did not name its chunk, and acknowledged it: the chunk
+/// counted as there and was not restored.
+#[test]
+fn an_answer_that_is_dropped_for_its_round_does_not_count_even_if_its_chunk_was_not_written() {
+    let mut rig = Rig::finalized(Verify::Off, &[4, 5]);
+    rig.leecher.handle_fault(5);
+    rig.ask();
+    let (chunks, payload) = frame(&rig.seeder.poll_urgent().unwrap());
+    rig.seeder.handle_saved(rig.now, 0, 0, set(&[4]));
+    rig.talk();
+    rig.leecher_events();
+    assert_eq!(rig.install(0, &chunks, payload), [0; 0]);
+    rig.talk();
+    rig.seeder.abort(AbortCode::Cancelled, "enough".into());
+    let [seeder::Event::Aborted { restore, .. }] = &rig.seeder_events()[..] else {
+        panic!("aborted");
+    };
+    assert_eq!(*restore, set(&[4, 5]));
+}
+
 #[test]
 fn a_fetch_overtakes_everything() {
     let mut rig = Rig::loaded(&[0, 1, 2, 3, 4, 5, 6]);
