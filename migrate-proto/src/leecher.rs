@@ -49,15 +49,16 @@ pub enum Event {
     /// The geometry fits. Compare the subject's description, make the memory empty, then say so:
     /// [`Leecher::handle_prepared`]. In a dry run: only compare.
     Prepare,
-    /// Make every chunk of `remote` absent and arm the faults: nothing is written directly any more.
+    /// Arm the faults, then make every chunk of `remote` absent: nothing is written directly any more.
     ///
-    /// To be obeyed before the next call of this machine, so under the same lock as the call that led to it: a
-    /// frame that is admitted later may be an answer, which must not be made absent again.
+    /// In this order, or a page that is touched in between is a page of zeros for ever. Until the next event is
+    /// polled, frames are told to wait: one that is installed now would be made absent again.
     Finalize {
         /// The chunks that are not here.
         remote: ChunkBitmap,
     },
-    /// These chunks turned out to be stale; make them absent. To be obeyed as [`Finalize`](Self::Finalize) is.
+    /// These chunks turned out to be stale; make them absent. Frames wait meanwhile, as for
+    /// [`Finalize`](Self::Finalize).
     Discard {
         /// The chunks.
         stale: ChunkBitmap,
@@ -157,6 +158,10 @@ pub struct Leecher {
     /// The answer to Ping, however often it was asked.
     pong_due: bool,
     events: VecDeque<Event>,
+    /// Finalize and Discard events that the caller has not obeyed, the one it works on included.
+    unobeyed: usize,
+    /// It works on one of those.
+    obeying: bool,
     silence: Silence,
 }
 
@@ -181,6 +186,8 @@ impl Leecher {
             messages: VecDeque::new(),
             pong_due: false,
             events: VecDeque::new(),
+            unobeyed: 0,
+            obeying: false,
             silence: Silence::new(now, config.silence),
             config,
         };
@@ -303,6 +310,7 @@ impl Leecher {
             (Phase::Prefetching, Message::Finalize) => {
                 self.nothing_may_be_received()?;
                 self.phase = Phase::Finalizing;
+                self.unobeyed += 1;
                 self.events.push_back(Event::Finalize {
                     remote: self.residency.remote().clone(),
                 });
@@ -404,6 +412,7 @@ impl Leecher {
         self.round = round;
         self.residency.invalidate(&set);
         if self.phase == Phase::Finalizing {
+            self.unobeyed += 1;
             self.events.push_back(Event::Discard { stale: set });
         }
         Ok(())
@@ -534,7 +543,8 @@ impl Leecher {
         if !self.residency.is_next(lane, chunks.sequence)? {
             return Ok(Admission::Ignore);
         }
-        if chunks.round > self.round {
+        // What is installed before the caller has made it absent would be lost, and count as here.
+        if chunks.round > self.round || self.unobeyed > 0 {
             return Ok(Admission::Wait);
         }
         let stale = chunks.round < self.round;
@@ -557,6 +567,7 @@ impl Leecher {
         }
         // A dirty set that came while the payload was received names chunks that have stale bytes now.
         if let Some(stale) = self.residency.install(lane, chunks, parts) {
+            self.unobeyed += 1;
             self.events.push_back(Event::Discard { stale });
         }
         if self.phase == Phase::Loading {
@@ -670,9 +681,14 @@ impl Leecher {
         None
     }
 
-    /// The next thing that the caller must do.
+    /// The next thing that the caller must do. To be called when the last one was done.
     pub fn poll_event(&mut self) -> Option<Event> {
-        self.events.pop_front()
+        if mem::take(&mut self.obeying) {
+            self.unobeyed -= 1;
+        }
+        let event = self.events.pop_front();
+        self.obeying = matches!(event, Some(Event::Finalize { .. } | Event::Discard { .. }));
+        event
     }
 
     /// Whether [`poll_event`](Self::poll_event) has something.

@@ -20,7 +20,8 @@ pub enum Admission {
         /// installed whole, and a resident page is left as it is.
         direct: bool,
     },
-    /// Its round has not begun here: leave the payload unread and ask again when a message was handled.
+    /// Its round has not begun here, or what is stale has not been made absent: leave the payload unread, and ask
+    /// again when a message was handled or an event was polled, or after a moment.
     Wait,
     /// It was seen before, or the session is over: read the payload and forget it.
     Ignore,

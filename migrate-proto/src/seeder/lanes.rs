@@ -43,23 +43,11 @@ impl Lanes {
         self.window = window.min(MAX_WINDOW);
     }
 
-    /// `set` was written since the frames in flight were read: acknowledging them says nothing about those chunks.
-    pub(super) fn outdate(&mut self, set: &ChunkBitmap) {
+    /// A round begins: a frame in flight that arrives after it is dropped there as a whole, so acknowledging it says
+    /// nothing about its chunks any more.
+    pub(super) fn outdate(&mut self) {
         for frame in self.lanes.iter_mut().flat_map(|lane| &mut lane.in_flight) {
-            let mut current = Vec::new();
-            for run in &frame.runs {
-                let mut next = run.start.0;
-                for stale in set.runs_within(*run) {
-                    if stale.start.0 > next {
-                        current.push(ChunkRun::new(next, stale.start.0 - next));
-                    }
-                    next = stale.end();
-                }
-                if next < run.end() {
-                    current.push(ChunkRun::new(next, run.end() - next));
-                }
-            }
-            frame.runs = current;
+            frame.runs.clear();
         }
     }
 

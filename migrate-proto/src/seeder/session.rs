@@ -82,7 +82,7 @@ impl Session {
         self.round += 1;
         self.round_began = now;
         self.round_bytes = self.bytes_of(set);
-        self.lanes.outdate(set);
+        self.lanes.outdate();
         self.outstanding.union_with(set);
         self.schedule.add(set, &self.previous);
         self.previous = set.clone();

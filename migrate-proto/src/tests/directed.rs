@@ -61,12 +61,31 @@ fn a_chunk_of_an_older_round_is_dropped_and_asked_for_again() {
     rig.seeder.handle_saved(rig.now, 0, 0, set(&[4]));
     rig.talk();
     let (chunks, payload) = frame(&old);
+    rig.leecher_events();
     assert_eq!(rig.install(0, &chunks, payload), [0; 0]);
     assert_eq!(rig.ask(), [one(4)], "its fault still waits");
     rig.talk();
     let new = rig.seeder.poll_urgent().unwrap();
     assert_eq!(new.round, 2);
     let (chunks, payload) = frame(&new);
+    assert_eq!(rig.install(0, &chunks, payload), [4]);
+}
+
+/// An engine made chunks absent on one thread while another installed the newest version of one of them: the chunk
+/// counted as here, and its page was zeros. Frames wait now until the caller polls its next event.
+#[test]
+fn a_frame_waits_until_what_is_stale_was_made_absent() {
+    let mut rig = Rig::finalized(Verify::Off, &[4]);
+    rig.seeder.handle_saved(rig.now, 0, 0, set(&[4]));
+    rig.talk();
+    rig.leecher.handle_fault(4);
+    rig.ask();
+    let (chunks, payload) = frame(&rig.seeder.poll_urgent().unwrap());
+    assert_eq!(rig.admit(0, &chunks, payload), Admission::Wait);
+    let discard = leecher::Event::Discard { stale: set(&[4]) };
+    assert_eq!(rig.leecher.poll_event(), Some(discard));
+    assert_eq!(rig.admit(0, &chunks, payload), Admission::Wait);
+    rig.leecher.poll_event();
     assert_eq!(rig.install(0, &chunks, payload), [4]);
 }
 
@@ -108,6 +127,26 @@ fn an_acknowledged_answer_from_before_the_last_set_does_not_count() {
         panic!("aborted");
     };
     assert_eq!(*restore, set(&[4]));
+}
+
+/// The leecher dropped an answer that came after a set which did not name its chunk, and acknowledged it: the chunk
+/// counted as there and was not restored.
+#[test]
+fn an_answer_that_is_dropped_for_its_round_does_not_count_even_if_its_chunk_was_not_written() {
+    let mut rig = Rig::finalized(Verify::Off, &[4, 5]);
+    rig.leecher.handle_fault(5);
+    rig.ask();
+    let (chunks, payload) = frame(&rig.seeder.poll_urgent().unwrap());
+    rig.seeder.handle_saved(rig.now, 0, 0, set(&[4]));
+    rig.talk();
+    rig.leecher_events();
+    assert_eq!(rig.install(0, &chunks, payload), [0; 0]);
+    rig.talk();
+    rig.seeder.abort(AbortCode::Cancelled, "enough".into());
+    let [seeder::Event::Aborted { restore, .. }] = &rig.seeder_events()[..] else {
+        panic!("aborted");
+    };
+    assert_eq!(*restore, set(&[4, 5]));
 }
 
 #[test]

@@ -129,7 +129,8 @@ pub(super) struct Pair {
 
     pub(super) leecher: Leecher,
     pub(super) destination: Destination,
-    later: VecDeque<leecher::Event>,
+    /// What the thread at the destination works on; it polls the next event when this one is done.
+    obeying: Option<leecher::Event>,
     loading: Option<u64>,
     /// Load was asked for: from here on nobody may see anything stale.
     settled: bool,
@@ -241,7 +242,7 @@ impl Pair {
             started: false,
             leecher,
             destination: Destination::new(chunks, 3),
-            later: VecDeque::new(),
+            obeying: None,
             loading: None,
             settled: false,
             receiving: (0..=bulk).map(|_| None).collect(),
@@ -273,7 +274,7 @@ impl Pair {
         self.seeder_end.is_some()
             && self.leecher_end.is_some()
             && self.todo.is_empty()
-            && self.later.is_empty()
+            && self.obeying.is_none()
     }
 
     /// A little time passes, and whoever may do something does so, or not.
@@ -335,7 +336,6 @@ impl Pair {
                 if leecher.is_some_and(|later| passed == step + later) {
                     let (code, reason) = fail("leecher");
                     self.leecher.abort(code, reason);
-                    self.leecher_events();
                 }
             }
             Trouble::Damage { step } => {
@@ -354,7 +354,6 @@ impl Pair {
                         Role::Seeder => self.seeder.abort(AbortCode::Cancelled, "enough".into()),
                         Role::Leecher => {
                             self.leecher.abort(AbortCode::Cancelled, "enough".into());
-                            self.leecher_events();
                         }
                     }
                 }
@@ -376,7 +375,6 @@ impl Pair {
             .is_some_and(|due| due <= self.now)
         {
             self.leecher.handle_timeout(self.now);
-            self.leecher_events();
         }
     }
 }

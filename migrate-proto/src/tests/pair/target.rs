@@ -35,12 +35,10 @@ impl Pair {
                     self.check_honest(result);
                 }
             }
-            self.leecher_events();
         }
         for lane in 0..self.receiving.len() {
             if self.chance.one_in(2) {
                 self.receive_chunks(lane);
-                self.leecher_events();
             }
         }
     }
@@ -88,37 +86,19 @@ impl Pair {
         };
     }
 
-    /// What must be done before anything else happens is done at once; the rest when its time comes.
-    pub(super) fn leecher_events(&mut self) {
-        while let Some(event) = self.leecher.poll_event() {
-            self.log(|| format!("leecher: {event:?}"));
-            match event {
-                leecher::Event::Finalize { remote } => {
-                    assert_eq!(remote.count(), self.leecher.missing());
-                    for run in remote.runs() {
-                        self.destination.discard(run);
-                    }
-                    self.destination.armed = true;
-                }
-                leecher::Event::Discard { stale } => {
-                    for run in stale.runs() {
-                        self.destination.discard(run);
-                    }
-                }
-                event => {
-                    self.settled |= matches!(event, leecher::Event::Load { .. });
-                    self.later.push_back(event);
-                }
-            }
-        }
-    }
-
     /// What an engine and a guest at the destination do.
     pub(super) fn drive_destination(&mut self) {
-        if self.chance.one_in(3)
-            && let Some(event) = self.later.pop_front()
-        {
-            self.obey_leecher(event);
+        if self.chance.one_in(3) {
+            if let Some(event) = self.obeying.take() {
+                self.obey_leecher(event);
+            }
+            self.obeying = self.leecher.poll_event();
+            if let Some(event) = &self.obeying {
+                self.log(|| format!("leecher: {event:?}"));
+                // The faults are armed at once; making chunks absent takes a while.
+                self.destination.armed |= matches!(event, leecher::Event::Finalize { .. });
+                self.settled |= matches!(event, leecher::Event::Load { .. });
+            }
         }
         self.look();
         if let Some(accesses) = self.loading
@@ -151,7 +131,6 @@ impl Pair {
             self.log(|| format!("leecher sends {message:?}"));
             self.up[URGENT].send(self.now, &mut self.chance, &message, Payload::default());
         }
-        self.leecher_events();
     }
 
     /// The device load (viewer 0), the guest's processors (1) and a stray thread of the machine (2).
@@ -159,7 +138,7 @@ impl Pair {
         if self.destination.running && self.leecher_end.is_none() && self.chance.one_in(3) {
             self.want(1);
         }
-        let finalizing = self.leecher.phase() == "finalizing";
+        let finalizing = self.destination.armed && self.leecher.phase() == "finalizing";
         if (finalizing || self.destination.running) && self.chance.one_in(6) {
             self.want(2);
         }
@@ -181,7 +160,6 @@ impl Pair {
                     access.chunk
                 );
             }
-            self.leecher_events();
         }
     }
 
@@ -198,8 +176,10 @@ impl Pair {
 
     pub(super) fn obey_leecher(&mut self, event: leecher::Event) {
         match event {
-            leecher::Event::Finalize { .. } | leecher::Event::Discard { .. } => {
-                unreachable!("done at once")
+            leecher::Event::Finalize { remote: set } | leecher::Event::Discard { stale: set } => {
+                for run in set.runs() {
+                    self.destination.discard(run);
+                }
             }
             leecher::Event::Prepare => self.leecher.handle_prepared(),
             leecher::Event::Digests => self.send_digests(),
@@ -229,7 +209,6 @@ impl Pair {
                 self.leecher_end = Some(End::Lost { missing, running });
             }
         }
-        self.leecher_events();
     }
 
     pub(super) fn send_digests(&mut self) {
