@@ -45,7 +45,7 @@ The destination QEMU is started with the source's command line plus `-incoming d
 same sizes.
 
 Exit codes: 0 the guest runs here (or a dry run ended), 1 nothing was migrated and the source runs on, 2 wrong arguments, \
-3 the connection was lost at or after hand-over: the message says what to do, 4 the copies differ.";
+3 somebody has to act: the message says what to do, 4 the copies differ.";
 
 #[derive(Debug, Args)]
 #[command(after_help = RECEIVE_HELP)]
@@ -76,8 +76,7 @@ const SEND_HELP: &str = "\
 The guest keeps running until the last moment; whatever fails before hand-over, it runs on here.
 
 Exit codes: 0 the guest runs at the destination and all of its memory is there (or a dry run ended), 1 nothing was migrated \
-and the guest runs on here, 2 wrong arguments, 3 the connection was lost after hand-over: the message says what to do, 4 the \
-copies differ.";
+and the guest runs on here, 2 wrong arguments, 3 somebody has to act: the message says what to do, 4 the copies differ.";
 
 #[derive(Debug, Args)]
 #[command(after_help = SEND_HELP)]

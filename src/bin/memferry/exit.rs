@@ -35,12 +35,13 @@ pub(crate) fn report(result: anyhow::Result<()>, json: bool) -> ExitCode {
     ExitCode::from(code)
 }
 
+/// 1 promises that the guest runs on at the source; 3 is for all that an operator has to settle.
 fn code(error: &anyhow::Error) -> u8 {
     match (
         error.downcast_ref::<SeedError>(),
         error.downcast_ref::<LeechError>(),
     ) {
-        (Some(SeedError::Lost { .. }), _)
+        (Some(SeedError::Lost { .. } | SeedError::Stuck { .. }), _)
         | (
             _,
             Some(
@@ -65,4 +66,43 @@ fn message(error: &anyhow::Error) -> String {
         }
     }
     message
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use memferry::migrate::{Cause, LeechCause};
+    use memferry::subject::SubjectError;
+
+    fn check(error: impl Into<anyhow::Error>, expected: u8) {
+        assert_eq!(code(&error.into()), expected);
+    }
+
+    #[test]
+    fn only_a_guest_that_runs_on_at_the_source_is_told_by_1() {
+        let cause = || Cause::Subject(SubjectError::new("it is slow"));
+        check(anyhow::anyhow!("no such socket"), 1);
+        check(SeedError::Aborted { cause: cause() }, 1);
+        let resume = SubjectError::new("it does not answer");
+        check(
+            SeedError::Stuck {
+                cause: cause(),
+                resume,
+            },
+            3,
+        );
+        let cause = LeechCause::Subject(SubjectError::new("it is gone"));
+        check(LeechError::Undecided { cause }, 3);
+    }
+
+    #[test]
+    fn copies_that_differ_are_told_by_4() {
+        check(
+            Different {
+                different: 1,
+                compared: 2,
+            },
+            4,
+        );
+    }
 }

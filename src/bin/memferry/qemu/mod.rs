@@ -18,3 +18,23 @@ fn check_encryption(address: SocketAddr, insecure: bool) -> anyhow::Result<()> {
          loopback (for example `ssh -L`), or add --insecure on both sides if the network is trusted"
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_loopback_is_used_unencrypted_unless_the_user_insists() {
+        for (address, insecure, allowed) in [
+            ("127.0.0.1:1", false, true),
+            ("[::1]:1", false, true),
+            ("192.0.2.1:1", false, false),
+            ("0.0.0.0:1", false, false),
+            ("[::]:1", false, false),
+            ("192.0.2.1:1", true, true),
+        ] {
+            let answer = check_encryption(address.parse().unwrap(), insecure);
+            assert_eq!(answer.is_ok(), allowed, "{address}");
+        }
+    }
+}

@@ -3,7 +3,7 @@
 use std::net::ToSocketAddrs;
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use bytesize::ByteSize;
 use memferry::migrate::{self, Budget, Forecast, SeedError, SeedOptions, SeedOutcome, SeedReport};
 use memferry::subject::qemu::{Machine, OutgoingQemu, Qmp};
@@ -20,12 +20,7 @@ const CONNECT: Duration = Duration::from_secs(10);
 
 /// Sends the guest.
 pub(crate) fn run(args: &Send, output: Output) -> anyhow::Result<()> {
-    let address = args.pairing.address.to_socket_addrs();
-    let address = address
-        .with_context(|| format!("cannot resolve {}", args.pairing.address))?
-        .next()
-        .with_context(|| format!("{} has no address", args.pairing.address))?;
-    check_encryption(address, args.insecure)?;
+    check_addresses(&args.pairing.address, args.insecure)?;
     let cancel = cancel_on_signal()?;
     let patience = args.patience.guest_timeout;
     let deadline = Instant::now() + patience;
@@ -72,6 +67,20 @@ pub(crate) fn run(args: &Send, output: Output) -> anyhow::Result<()> {
     );
     let _ = shown.join();
     conclude(result, output)
+}
+
+/// All addresses of a name are tried when connecting, so each has to be allowed.
+fn check_addresses(name: &str, insecure: bool) -> anyhow::Result<()> {
+    let addresses = name
+        .to_socket_addrs()
+        .with_context(|| format!("cannot resolve {name}"))?;
+    let mut any = false;
+    for address in addresses {
+        check_encryption(address, insecure)?;
+        any = true;
+    }
+    ensure!(any, "{name} has no address");
+    Ok(())
 }
 
 fn conclude(result: Result<SeedOutcome, SeedError>, output: Output) -> anyhow::Result<()> {
