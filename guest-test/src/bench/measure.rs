@@ -115,7 +115,7 @@ fn by_memferry(setup: &Setup) -> Result<Sample> {
 }
 
 fn by_qemu(setup: &Setup, mode: native::Mode) -> Result<Sample> {
-    let backing = setup.memory.of(mode, setup.config.accel);
+    let backing = setup.memory.backing(mode, setup.config.accel);
     let config = GuestConfig {
         backing,
         ..setup.config.clone()
