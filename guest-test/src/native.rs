@@ -7,7 +7,7 @@ use anyhow::{Result, bail};
 use serde_json::{Value, json};
 
 use crate::qemu::Guest;
-use crate::ticks::{self, Passage};
+use crate::ticks::{self, Passage, Steadiness};
 
 /// A way in which QEMU migrates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
@@ -40,8 +40,12 @@ pub struct NativeReport {
     pub mode: Mode,
     /// From the command to the last page.
     pub total: Duration,
-    /// What the guest's user noticed.
-    pub passage: Passage,
+    /// The guest's stand-still by its own ticks.
+    pub blackout: Duration,
+    /// The ticks in the two seconds after it.
+    pub brownout: Steadiness,
+    /// The ticks in the second before the migration.
+    pub before: Steadiness,
     /// What QEMU says that the stand-still was.
     pub downtime_claimed: Duration,
     /// Bytes of memory sent, headers included.
@@ -162,13 +166,19 @@ pub fn migrate(source: &Guest, destination: &Guest, wish: Wish) -> Result<Native
     }
     let cpu = cpu_time()?.saturating_sub(cpu_before);
     let vcpu = vcpu_time()?.saturating_sub(vcpu_before);
-    let passage = ticks::passage(source.ticks(), destination.ticks(), began)?;
+    let Passage {
+        blackout,
+        brownout,
+        before,
+    } = ticks::passage(source.ticks(), destination.ticks(), began)?;
     let facts = source.monitor().execute("query-migrate", json!({}))?;
     let number = |value: &Value| value.as_u64().unwrap_or(0);
     Ok(NativeReport {
         mode,
         total,
-        passage,
+        blackout,
+        brownout,
+        before,
         downtime_claimed: Duration::from_millis(number(&facts["downtime"])),
         wire: number(&facts["ram"]["transferred"]),
         passes: number(&facts["ram"]["dirty-sync-count"]),

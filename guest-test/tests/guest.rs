@@ -1,14 +1,19 @@
 //! The guests themselves: that they boot, that what they say can be relied on, and that they are cleared away.
 #![allow(clippy::unwrap_used, reason = "a test may panic, helpers too")]
 
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use guest_test::accel::accel;
 use guest_test::image::Image;
 use guest_test::native::{self, Mode, Wish};
 use guest_test::qemu::{Backing, Guest, GuestConfig};
-use guest_test::{packages, ticks};
+use guest_test::{command, packages, ticks};
+use rustix::io::Errno;
+use rustix::process::{Pid, Signal, kill_process, test_kill_process_group};
 
 /// For an emulated guest on a machine that does other things.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -80,7 +85,7 @@ fn a_migration_by_qemu_has_a_blackout_and_goes_on() {
     };
     let report = native::migrate(&source, &destination, wish).unwrap();
     destination.await_clean_pass(soon()).unwrap();
-    assert!(report.passage.blackout > Duration::ZERO && report.wire > config.writer.fill);
+    assert!(report.blackout > Duration::ZERO && report.wire > config.writer.fill);
     assert!(!source.is_running().unwrap());
 }
 
@@ -105,4 +110,42 @@ fn a_dropped_guest_leaves_no_process_and_no_file() {
     drop(guest);
     assert!(!memory.exists());
     assert!(!std::path::Path::new(&process).exists());
+}
+
+#[test]
+#[ignore = "guest: needs qemu-system-x86_64"]
+fn an_interrupted_benchmark_ends_at_once_and_leaves_no_process() {
+    packages::ensure(&[packages::QEMU]).unwrap();
+    let mut bench = Command::new(env!("CARGO_BIN_EXE_memferry-bench"))
+        .args(["--memferry", "/bin/true"]) // not reached
+        .args(["qemu", "--quick", "--modes", "precopy"])
+        .process_group(0)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let group = Pid::from_child(&bench);
+    let said = BufReader::new(bench.stderr.take().unwrap()).lines();
+    let mut said = said.map_while(Result::ok);
+    assert!(said.any(|line| line.starts_with("[1/1]")));
+    let qemu = || processes_named("(qemu-", group);
+    command::poll_until(soon(), || (qemu() > 0).then_some(())).unwrap();
+    // To the program alone, not to its group, as a terminal does: the guests end only because it ends them.
+    kill_process(group, Signal::INT).unwrap();
+    let status = command::wait(&mut bench, PATIENCE).unwrap();
+    assert_eq!(status.code(), Some(130), "{:?}", said.collect::<Vec<_>>());
+    assert_eq!(test_kill_process_group(group), Err(Errno::SRCH));
+}
+
+/// How many processes of a group have a name that begins so.
+fn processes_named(name: &str, group: Pid) -> usize {
+    let is_one = |stat: &str| {
+        let mut words = stat.split(' ').skip(1); // number, name, state, parent, group
+        words.next().is_some_and(|word| word.starts_with(name))
+            && words.nth(2) == Some(&group.to_string())
+    };
+    std::fs::read_dir("/proc")
+        .unwrap()
+        .filter_map(|entry| std::fs::read_to_string(entry.ok()?.path().join("stat")).ok())
+        .filter(|stat| is_one(stat))
+        .count()
 }

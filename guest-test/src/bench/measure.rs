@@ -7,19 +7,20 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 use super::figure::Sample;
-use super::{Mode, Verification};
+use super::{Mode, QemuMemory, Verification};
+use crate::ferry;
 use crate::native::{self, NotInTime, Wish};
-use crate::qemu::{Backing, Guest, GuestConfig};
+use crate::qemu::{Guest, GuestConfig};
 use crate::serial::Report;
-use crate::{ferry, ticks};
+use crate::ticks::{self, Passage};
 
 /// What is the same for all migrations at a rate.
 #[derive(Debug, Clone)]
 pub(super) struct Setup {
     pub(super) memferry: PathBuf,
     pub(super) config: GuestConfig,
-    /// Whether QEMU's own modes too have a shared file as memory.
-    pub(super) shared: bool,
+    /// What the guests that QEMU migrates have as memory.
+    pub(super) memory: QemuMemory,
     pub(super) verify: Verification,
     pub(super) send_options: Vec<String>,
     /// QEMU's downtime limit.
@@ -114,11 +115,7 @@ fn by_memferry(setup: &Setup) -> Result<Sample> {
 }
 
 fn by_qemu(setup: &Setup, mode: native::Mode) -> Result<Sample> {
-    let backing = if setup.shared {
-        Backing::SharedFile
-    } else {
-        Backing::Private
-    };
+    let backing = setup.memory.backing(mode, setup.config.accel);
     let config = GuestConfig {
         backing,
         ..setup.config.clone()
@@ -138,7 +135,11 @@ fn by_qemu(setup: &Setup, mode: native::Mode) -> Result<Sample> {
         wire: mib(report.wire),
         cpu: report.cpu.as_secs_f64(),
         cpu_outside: report.cpu.saturating_sub(report.vcpu).as_secs_f64(),
-        ..of(&report.passage)
+        ..of(&Passage {
+            blackout: report.blackout,
+            brownout: report.brownout,
+            before: report.before,
+        })
     })
 }
 
@@ -173,7 +174,7 @@ fn prove(source: &Guest, destination: &Guest) -> Result<()> {
     Ok(())
 }
 
-fn of(passage: &ticks::Passage) -> Sample {
+fn of(passage: &Passage) -> Sample {
     Sample {
         blackout: milliseconds(passage.blackout),
         stall: milliseconds(passage.brownout.longest_gap),

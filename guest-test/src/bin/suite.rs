@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use guest_test::{command, image, packages};
 
@@ -23,6 +23,8 @@ struct Arguments {
 struct Step {
     name: &'static str,
     plan: Plan,
+    /// Looks at what the last command printed, too; it is then printed when the command has ended.
+    judge: Option<fn(&str) -> Result<()>>,
 }
 
 /// The commands of a check, or why they cannot be run here.
@@ -74,7 +76,7 @@ fn main() -> Result<ExitCode> {
         println!("\n=== {}", step.name);
         let began = Instant::now();
         let outcome = match (step.plan)(&machine) {
-            Ok(commands) => run(commands),
+            Ok(commands) => run(commands, step.judge),
             Err(reason) => Outcome::Skipped(reason),
         };
         outcomes.push((step.name, outcome, began.elapsed()));
@@ -83,7 +85,11 @@ fn main() -> Result<ExitCode> {
 }
 
 fn steps() -> Vec<Step> {
-    let step = |name, plan: Plan| Step { name, plan };
+    let step = |name, plan: Plan| Step {
+        name,
+        plan,
+        judge: None,
+    };
     vec![
         step("format", |_| {
             Ok(vec![
@@ -167,7 +173,38 @@ fn steps() -> Vec<Step> {
                 "1",
             ])])
         }),
+        Step {
+            judge: Some(ends_with_goals),
+            ..step("a quick benchmark", |_| {
+                packages::ensure(&[packages::QEMU]).map_err(|reason| format!("{reason:#}"))?;
+                let bench = ["-p", "guest-test", "--bin", "memferry-bench"];
+                let quick = ["--", "qemu", "--quick", "--json"];
+                Ok(vec![cargo(
+                    &[&["run", "--release"], &bench[..], &quick].concat(),
+                )])
+            })
+        },
     ]
+}
+
+/// Whether a suite of benchmarks measured something and said how that compares with its goals. Whether they are met is
+/// no matter on a machine that does other things.
+fn ends_with_goals(printed: &str) -> Result<()> {
+    let lines: Vec<serde_json::Value> = printed
+        .lines()
+        .map(|line| serde_json::from_str(line).with_context(|| format!("no JSON: {line}")))
+        .collect::<Result<_>>()?;
+    let goals = lines.iter().rev().take_while(|line| {
+        line["goal"].is_string() && line["at_most"].is_number() && line["met"].is_boolean()
+    });
+    let goals: Vec<_> = goals.collect();
+    ensure!(!goals.is_empty(), "it does not end with a goal");
+    // QEMU's own modes may lose a guest; Memferry may not.
+    let measured = goals
+        .iter()
+        .any(|goal| goal["goal"] == "resident_above_ram_mib" && goal["value"].is_number());
+    ensure!(measured, "it measured no migration by Memferry");
+    Ok(())
 }
 
 impl Machine {
@@ -279,9 +316,20 @@ fn may_trace() -> Result<(), String> {
         .map_err(|reason| format!("this system does not let root trace processes: {reason}"))
 }
 
-fn run(commands: Vec<Command>) -> Outcome {
-    for mut command in commands {
+fn run(commands: Vec<Command>, judge: Option<fn(&str) -> Result<()>>) -> Outcome {
+    let last = commands.len().saturating_sub(1);
+    for (index, mut command) in commands.into_iter().enumerate() {
         println!("--- {}", shown(&command));
+        if let Some(judge) = judge.filter(|_| index == last) {
+            let judged = command::output(&mut command, STEP_LIMIT).and_then(|printed| {
+                print!("{printed}");
+                judge(&printed)
+            });
+            if let Err(reason) = judged {
+                return Outcome::Failed(format!("{}: {reason:#}", shown(&command)));
+            }
+            continue;
+        }
         match command::status(&mut command, STEP_LIMIT) {
             Ok(status) if status.success() => {}
             Ok(status) => {
@@ -343,4 +391,26 @@ fn shown(command: &Command) -> String {
         .map(|word| word.to_string_lossy().into_owned())
         .collect();
     words.join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RUN: &str = r#"{"run":1,"mode":"memferry"}"#;
+    const GOAL: &str = r#"{"goal":"resident_above_ram_mib","value":7.4,"at_most":64.0,"met":true}"#;
+
+    #[test]
+    fn a_benchmark_ends_with_goals_about_something_measured() {
+        assert!(ends_with_goals(&format!("{RUN}\n{GOAL}\n")).is_ok());
+        let nothing = GOAL.replace("7.4", "null");
+        for wrong in [
+            RUN.to_owned(),
+            format!("{GOAL}\n{RUN}"),
+            nothing,
+            String::new(),
+        ] {
+            assert!(ends_with_goals(&wrong).is_err(), "{wrong}");
+        }
+    }
 }
