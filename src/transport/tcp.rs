@@ -15,6 +15,9 @@ use super::pairing::Pairing;
 /// this long at most.
 const HANDSHAKE: Duration = Duration::from_secs(5);
 
+/// How long it may take to be told no: the end of a session may have to wait for it.
+const TURN_AWAY: Duration = Duration::from_secs(1);
+
 /// The most bulk lanes of a session: more than enough to fill any link.
 const MAX_LANES: u8 = 64;
 
@@ -195,6 +198,27 @@ impl Listener {
         }
     }
 
+    /// Tells who comes with `pairing` that it was used already, for as long as `wait` says so, which is asked ten times a
+    /// second. For the time in which its session runs.
+    ///
+    /// # Errors
+    /// If the listening socket fails.
+    pub fn turn_away(
+        &self,
+        pairing: &Pairing,
+        mut wait: impl FnMut() -> bool,
+    ) -> io::Result<()> {
+        while wait() {
+            if self.wait_for_connection()? {
+                let (stream, _) = self.socket.accept()?;
+                // Who does not take the answer need not have it.
+                let end = Instant::now() + TURN_AWAY;
+                let _ = handshake::answer(&stream, pairing, end, |_| Err(Refusal::Used));
+            }
+        }
+        Ok(())
+    }
+
     fn wait_for_connection(&self) -> io::Result<bool> {
         let mut fds = [PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::IN)];
         let tenth = Timespec {
@@ -325,6 +349,26 @@ mod tests {
             assert!(accepted.is_ok());
             assert_eq!(seen, 1);
         });
+    }
+
+    #[test]
+    fn who_comes_while_a_session_runs_is_told_at_once_that_the_pairing_was_used() {
+        let (listener, pairing) = listen();
+        let over = std::sync::atomic::AtomicBool::new(false);
+        let refused = thread::scope(|scope| {
+            let running = || !over.load(std::sync::atomic::Ordering::Relaxed);
+            scope.spawn(|| listener.turn_away(&pairing, running).unwrap());
+            let refused = Session::connect(&pairing, 1, SOON, Instant::now() + SOON);
+            over.store(true, std::sync::atomic::Ordering::Relaxed);
+            refused
+        });
+        assert!(matches!(
+            refused.unwrap_err(),
+            ConnectError::Handshake {
+                source: HandshakeError::Refused(Refusal::Used),
+                ..
+            }
+        ));
     }
 
     #[test]

@@ -38,6 +38,16 @@ pub(crate) enum QemuCommand {
     Receive(Receive),
     /// On the source: send the running guest to the receiver that printed the string
     Send(Send),
+    /// Gives the guest back if the sender dies; started by it
+    #[command(hide = true)]
+    Watch(Watch),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Watch {
+    /// QMP socket of the source QEMU
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) qmp: PathBuf,
 }
 
 const RECEIVE_HELP: &str = "\

@@ -23,6 +23,7 @@ fn main() -> std::process::ExitCode {
             let output = Output::new(send.json);
             (send.json, qemu::send::run(&send, output))
         }
+        Command::Qemu(QemuCommand::Watch(watch)) => (false, qemu::watch::run(&watch)),
         Command::Bench { arguments } => (false, bench::run(&arguments)),
     };
     exit::report(result, json)

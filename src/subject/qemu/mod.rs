@@ -24,6 +24,7 @@ mod qmp_error;
 mod settings;
 mod status;
 mod stream;
+mod will;
 
 pub use backend::{Backend, BackendError};
 pub use error::{QemuError, Refusal, Refusals};
@@ -34,3 +35,4 @@ pub use qmp::Qmp;
 pub use qmp_codec::{CodecError, Event, Version};
 pub use qmp_error::QmpError;
 pub use stream::StreamError;
+pub use will::{Executor, LastWill};

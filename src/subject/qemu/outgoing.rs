@@ -13,6 +13,7 @@ use super::qmp_error::QmpError;
 use super::settings::Settings;
 use super::status;
 use super::stream::Capture;
+use super::will::{Executor, LastWill, Stage};
 use crate::subject::{Description, Outgoing, SubjectError};
 
 /// What QEMU may believe that the guest can be stopped for, at first. QEMU stops the guest when what its own part of the
@@ -55,6 +56,8 @@ pub struct OutgoingQemu {
     /// Each descriptor that QEMU is given has a name of its own.
     attempts: u64,
     timings: OutgoingTimings,
+    /// Last, so that the connection is closed when it is dropped: QEMU serves one at a time.
+    executor: Option<Box<dyn Executor>>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,7 +94,56 @@ impl OutgoingQemu {
             capture: None,
             attempts: 0,
             timings: OutgoingTimings::default(),
+            executor: None,
         })
+    }
+
+    /// Sees to it that `executor` always knows what to do if this process dies.
+    #[must_use]
+    pub fn with_executor(mut self, executor: Box<dyn Executor>) -> Self {
+        self.executor = Some(executor);
+        self
+    }
+
+    /// The guest of a process that has died, as its last will says.
+    pub(super) fn orphaned(qmp: Qmp, machine: Machine, will: LastWill) -> Self {
+        Self {
+            before: if will.ran {
+                RunState::Running
+            } else {
+                RunState::Paused
+            },
+            qmp,
+            machine,
+            phase: match will.stage {
+                Stage::Prepared => Phase::Idle,
+                Stage::Migrating => Phase::Migrating,
+                Stage::Saving => Phase::Saving,
+            },
+            settings: Some(will.settings),
+            capture: None,
+            attempts: 0,
+            timings: OutgoingTimings::default(),
+            executor: None,
+        }
+    }
+
+    /// Says what is to be done if this process dies from here on. One that is gone cannot be told, and does nothing either:
+    /// the migration is not given up for that.
+    fn note(&mut self, stage: Option<Stage>) {
+        let Some(executor) = &mut self.executor else {
+            return;
+        };
+        let will = stage
+            .zip(self.settings.as_ref())
+            .map(|(stage, settings)| LastWill {
+                settings: settings.clone(),
+                stage,
+                ran: self.before == RunState::Running,
+            });
+        if executor.note(will.as_ref()).is_err() {
+            self.executor = None;
+        }
     }
 
     /// The guest as it was found.
@@ -130,6 +182,7 @@ impl OutgoingQemu {
             deadline,
         )?;
         self.settings = Some(settings);
+        self.note(Some(Stage::Prepared));
         Ok(())
     }
 
@@ -173,6 +226,7 @@ impl OutgoingQemu {
         self.capture = Some(capture);
         self.phase = Phase::Migrating;
 
+        self.note(Some(Stage::Migrating));
         let began = Instant::now();
         let uri = format!("fd:{name}");
         self.qmp
@@ -226,6 +280,7 @@ impl OutgoingQemu {
                 when: "before the guest is suspended or after it was saved",
             });
         }
+        self.note(Some(Stage::Saving));
         let capture = self.capture.as_ref().expect("a migration has a capture");
         let began = Instant::now();
         self.phase = Phase::Saving;
@@ -253,7 +308,7 @@ impl OutgoingQemu {
         }
     }
 
-    fn resume_guest(&mut self, deadline: Instant) -> Result<(), QemuError> {
+    pub(super) fn resume_guest(&mut self, deadline: Instant) -> Result<(), QemuError> {
         if self.phase == Phase::Released {
             return Err(QemuError::Order {
                 what: "resuming the guest here",
@@ -280,6 +335,7 @@ impl OutgoingQemu {
             }
             restored?;
         }
+        self.note(None);
         Ok(())
     }
 
@@ -380,6 +436,7 @@ impl Outgoing for OutgoingQemu {
     /// To be called *before* the destination is told that it may run: from here on nothing, not even a drop, lets this
     /// copy run.
     fn release(&mut self) {
+        self.note(None);
         self.phase = Phase::Released;
         self.capture = None;
     }

@@ -5,6 +5,7 @@
 
 use std::time::Instant;
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::error::{QemuError, Refusal, Refusals};
@@ -14,7 +15,7 @@ use super::qmp::Qmp;
 const LEFT_ALONE: [&str; 3] = ["late-block-activate", "dirty-bitmaps", "validate-uuid"];
 
 /// The values that were there before.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(super) struct Settings {
     capabilities: Vec<Value>,
     parameters: Map<String, Value>,

@@ -3,6 +3,7 @@
 mod ram;
 pub(crate) mod receive;
 pub(crate) mod send;
+pub(crate) mod watch;
 
 use std::net::SocketAddr;
 

@@ -1,6 +1,8 @@
 //! `memferry qemu receive`.
 
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -47,15 +49,24 @@ pub(crate) fn run(args: &Receive, output: Output) -> anyhow::Result<()> {
     loop {
         let session = accept(&listener, &pairing, args, &cancel, output)?;
         let (progress, shown) = output.progress();
-        let result = migrate::leech(
-            &session,
-            &ram.names,
-            &ram.memory,
-            &mut subject,
-            &options,
-            Some(progress),
-            &cancel,
-        );
+        let over = AtomicBool::new(false);
+        let result = thread::scope(|scope| {
+            // A listener that fails meanwhile is told by the next accept, if there is one.
+            let _ = scope.spawn(|| {
+                listener.turn_away(&pairing, || !over.load(Ordering::Relaxed))
+            });
+            let result = migrate::leech(
+                &session,
+                &ram.names,
+                &ram.memory,
+                &mut subject,
+                &options,
+                Some(progress),
+                &cancel,
+            );
+            over.store(true, Ordering::Relaxed);
+            result
+        });
         let _ = shown.join();
         match result? {
             LeechOutcome::Moved(report) => return conclude(&report, output),

@@ -9,6 +9,7 @@ use memferry::migrate::{self, Budget, Forecast, SeedError, SeedOptions, SeedOutc
 use memferry::subject::qemu::{Machine, OutgoingQemu, Qmp};
 use memferry::transport::Session;
 
+use super::watch::Watchdog;
 use super::{check_encryption, ram};
 use crate::args::Send;
 use crate::exit::Different;
@@ -27,6 +28,18 @@ pub(crate) fn run(args: &Send, output: Output) -> anyhow::Result<()> {
     let mut qmp = Qmp::connect(&args.qmp, deadline)?;
     let machine = Machine::inspect(&mut qmp, deadline)?;
     let mut subject = OutgoingQemu::new(qmp, machine.clone())?;
+    if !args.dry_run {
+        subject = match Watchdog::start(&args.qmp) {
+            Ok(watchdog) => subject.with_executor(Box::new(watchdog)),
+            Err(error) => {
+                output.remark(&format!(
+                    "memferry: nobody watches over this process ({error}): if it is killed while the guest stands still, let the \
+                     guest run with `migrate_cancel` and `cont` on its QMP socket"
+                ));
+                subject
+            }
+        };
+    }
 
     let options = SeedOptions {
         budget: Budget {

@@ -1,0 +1,63 @@
+//! What has to be done to a QEMU if the process that moves its guest dies.
+
+use std::fmt::Debug;
+use std::io;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use super::error::QemuError;
+use super::machine::Machine;
+use super::outgoing::OutgoingQemu;
+use super::qmp::Qmp;
+use super::settings::Settings;
+
+/// How long the first attempt may take; half of it is what a migration that QEMU is ending by itself may take.
+const FIRST_ATTEMPT: Duration = Duration::from_secs(2);
+
+/// What undoes a migration that nobody goes on with: written down, so that another process can do it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct LastWill {
+    pub(super) settings: Settings,
+    pub(super) stage: Stage,
+    /// Whether the guest ran before.
+    pub(super) ran: bool,
+}
+
+/// How far it was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum Stage {
+    /// Settings were changed.
+    Prepared,
+    /// QEMU was told to migrate: it may have stopped the guest.
+    Migrating,
+    /// QEMU was told to send the device state.
+    Saving,
+}
+
+/// Somebody who survives this process and executes its [`LastWill`].
+pub trait Executor: Debug + Send {
+    /// Takes note of `will`, which replaces the one before; `None` revokes it, and nothing is to be done from then on.
+    /// Once this has returned, that is what holds if this process dies, whatever it does afterwards.
+    ///
+    /// # Errors
+    /// If nobody is there any more who could execute it. The one before is not executed either.
+    fn note(&mut self, will: Option<&LastWill>) -> io::Result<()>;
+}
+
+impl LastWill {
+    /// Lets the guest behind `qmp` run as though nothing had been asked of it, and puts QEMU's settings back.
+    ///
+    /// To be called once the process that wrote it is gone. Blocks until it is done, at most until `deadline`.
+    ///
+    /// # Errors
+    /// If QEMU is gone or does not obey; a guest that is stopped stays so then.
+    pub fn execute(self, mut qmp: Qmp, deadline: Instant) -> Result<(), QemuError> {
+        let machine = Machine::inspect(&mut qmp, deadline)?;
+        let mut orphan = OutgoingQemu::orphaned(qmp, machine, self);
+        let first = deadline.min(Instant::now() + FIRST_ATTEMPT);
+        orphan
+            .resume_guest(first)
+            .or_else(|_| orphan.resume_guest(deadline))
+    }
+}
