@@ -140,9 +140,16 @@ impl<M: Machine> Monitor<M> {
         }
     }
 
-    /// The next event, if one comes within `patience`.
+    /// The next event, if one comes within `patience`. Asking means that the last one was dealt with, and that may be
+    /// what lanes wait for.
     pub(super) fn next_event(&self, patience: Duration) -> Option<M::Event> {
-        let state = self.lock();
+        let mut state = self.lock();
+        if let Some(event) = state.machine.poll_event() {
+            return Some(event);
+        }
+        state.told += 1;
+        self.messages.notify_one();
+        self.work.notify_all();
         let (mut state, _) = self
             .events
             .wait_timeout_while(state, patience, |state| !state.machine.has_event())

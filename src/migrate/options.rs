@@ -21,6 +21,9 @@ pub struct SeedOptions {
     pub silence: Duration,
     /// The longest time that the subject may take to suspend, to save its state, or to run on.
     pub subject_deadline: Duration,
+    /// The longest time from suspending to hand-over; then it is given up, and the subject runs on here. Bounds what a
+    /// destination can do that answers and gets nowhere.
+    pub cut_over_deadline: Duration,
 }
 
 impl Default for SeedOptions {
@@ -33,6 +36,7 @@ impl Default for SeedOptions {
             dry_run: false,
             silence: Duration::from_secs(10),
             subject_deadline: Duration::from_secs(10),
+            cut_over_deadline: Duration::from_secs(30),
         }
     }
 }

@@ -203,11 +203,7 @@ impl Listener {
     ///
     /// # Errors
     /// If the listening socket fails.
-    pub fn turn_away(
-        &self,
-        pairing: &Pairing,
-        mut wait: impl FnMut() -> bool,
-    ) -> io::Result<()> {
+    pub fn turn_away(&self, pairing: &Pairing, mut wait: impl FnMut() -> bool) -> io::Result<()> {
         while wait() {
             if self.wait_for_connection()? {
                 let (stream, _) = self.socket.accept()?;
@@ -356,8 +352,10 @@ mod tests {
         let (listener, pairing) = listen();
         let over = std::sync::atomic::AtomicBool::new(false);
         let refused = thread::scope(|scope| {
-            let running = || !over.load(std::sync::atomic::Ordering::Relaxed);
-            scope.spawn(|| listener.turn_away(&pairing, running).unwrap());
+            scope.spawn(|| {
+                let running = || !over.load(std::sync::atomic::Ordering::Relaxed);
+                listener.turn_away(&pairing, running).unwrap();
+            });
             let refused = Session::connect(&pairing, 1, SOON, Instant::now() + SOON);
             over.store(true, std::sync::atomic::Ordering::Relaxed);
             refused

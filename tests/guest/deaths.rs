@@ -79,7 +79,9 @@ fn late_writes(options: &[&str]) -> Journey {
 fn the_guest_runs_on_when_the_sender_is_killed_in_pre_copy() {
     let mut journey = slow_pre_copy();
     journey.send.kill();
-    journey.receive.ends(1, &["the guest runs on at the source"]);
+    journey
+        .receive
+        .ends(1, &["the guest runs on at the source"]);
     assert_unharmed(&mut journey.vm);
 }
 
@@ -100,8 +102,13 @@ fn the_guest_runs_on_when_the_sender_is_killed_while_it_stands_still() {
     assert_eq!(journey.vm.count(), counted, "it stands still");
     journey.send.kill();
     let (_, said) = journey.send.end();
-    assert!(said.contains("the sender has died before hand-over"), "{said}");
-    journey.receive.ends(1, &["the guest runs on at the source"]);
+    assert!(
+        said.contains("the sender has died before hand-over"),
+        "{said}"
+    );
+    journey
+        .receive
+        .ends(1, &["the guest runs on at the source"]);
     assert_unharmed(&mut journey.vm);
 }
 
@@ -119,7 +126,9 @@ fn the_guest_runs_on_when_the_receiver_is_killed_while_it_stands_still() {
 fn ctrl_c_while_the_guest_stands_still_lets_it_run_on() {
     let mut journey = slow_cut_over();
     journey.send.signal(Signal::INT);
-    journey.send.ends(1, &["cancelled by the user", "the guest runs on"]);
+    journey
+        .send
+        .ends(1, &["cancelled by the user", "the guest runs on"]);
     journey.receive.ends(1, &["cancelled by the user"]);
     assert_unharmed(&mut journey.vm);
 }
@@ -187,8 +196,12 @@ fn one_guest_runs_whenever_in_cut_over_the_sender_is_killed() {
 fn the_settings_of_a_sender_that_was_killed_are_put_back() {
     let capabilities = |vm: &mut Vm| {
         let mut qmp = vm.qmp();
-        qmp.execute("query-migrate-capabilities", &serde_json::Value::Null, soon())
-            .unwrap()
+        qmp.execute(
+            "query-migrate-capabilities",
+            &serde_json::Value::Null,
+            soon(),
+        )
+        .unwrap()
     };
     let (mut vm, mut to) = (running(), Vm::destination());
     let before = capabilities(&mut vm);
@@ -321,7 +334,10 @@ fn a_guest_whose_sender_was_killed_in_post_copy_waits_and_the_receiver_says_what
     journey.send.kill();
     journey.receive.ends(
         3,
-        &["lost after hand-over", "Do not resume the guest at the source"],
+        &[
+            "lost after hand-over",
+            "Do not resume the guest at the source",
+        ],
     );
     assert_waits(&journey.to);
     assert_free(&journey.to);

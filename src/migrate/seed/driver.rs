@@ -352,10 +352,20 @@ impl<'a> Driver<'a> {
     fn tick(&self, monitor: &Monitor<Seeder>, moments: &Moments, rate: &mut Rate) {
         let now = self.clock.now();
         let cancelled = self.cancel.is_cancelled();
+        let late = moments.began.is_some_and(|began| {
+            self.clock.elapsed().saturating_sub(began) > self.options.cut_over_deadline
+        });
         monitor.tell(|seeder| {
             seeder.handle_timeout(now);
-            if cancelled && seeder.ownership() == migrate_proto::Ownership::Here {
+            if seeder.ownership() != migrate_proto::Ownership::Here {
+                return;
+            }
+            if cancelled {
                 seeder.abort(AbortCode::Cancelled, "cancelled by the user".into());
+            } else if late {
+                let reason =
+                    "the destination did not get ready in time after the guest was suspended";
+                seeder.abort(AbortCode::Failed, reason.into());
             }
         });
         if self.reporter.0.is_none() {

@@ -52,9 +52,7 @@ pub(crate) fn run(args: &Receive, output: Output) -> anyhow::Result<()> {
         let over = AtomicBool::new(false);
         let result = thread::scope(|scope| {
             // A listener that fails meanwhile is told by the next accept, if there is one.
-            let _ = scope.spawn(|| {
-                listener.turn_away(&pairing, || !over.load(Ordering::Relaxed))
-            });
+            let _ = scope.spawn(|| listener.turn_away(&pairing, || !over.load(Ordering::Relaxed)));
             let result = migrate::leech(
                 &session,
                 &ram.names,
