@@ -4,6 +4,8 @@ mod compare;
 mod driver;
 mod forecast;
 mod lanes;
+mod let_go;
+mod state;
 
 use std::sync::Arc;
 use std::sync::mpsc::Sender;

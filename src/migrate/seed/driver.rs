@@ -1,7 +1,7 @@
 //! The script of the source: what to do at each event of the state machine.
 
-use std::io::{self, Write};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::io;
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -11,11 +11,12 @@ use migrate_proto::{
     SeederConfig, Token, VERSIONS, Verify,
 };
 use rustix::rand::GetRandomFlags;
-use xxhash_rust::xxh3::Xxh3Default;
 
 use super::compare::Digests;
 use super::forecast;
 use super::lanes::{Counters, Sending};
+use super::let_go::LetGo;
+use super::state::StateSink;
 use super::{
     Cause, LINGER, SeedError, SeedOutcome, SourceRegion, bytes_of, present_chunks, restore_dirty,
     take_dirty,
@@ -31,9 +32,6 @@ use crate::transport::{LaneError, LaneReader, LaneWriter, Session};
 
 /// How often progress is reported, and how long a wish to cancel may go unnoticed.
 const TICK: Duration = Duration::from_millis(100);
-
-/// How many bytes of device state go into a frame.
-const STATE_PIECE: usize = 256 << 10;
 
 /// Chunks of a frame: large enough that a frame's cost does not matter, small enough for the second-level cache.
 const BATCH: u32 = 256 << 10;
@@ -54,30 +52,6 @@ pub(super) struct Driver<'a> {
     counters: Counters,
     digests: Mutex<Option<Digests>>,
     let_go: LetGo,
-}
-
-/// Holds Release back until the subject was let go, so that nothing here can run it once the message is on its way.
-#[derive(Debug, Default)]
-struct LetGo {
-    done: Mutex<bool>,
-    changed: Condvar,
-}
-
-impl LetGo {
-    fn done(&self) {
-        *self.done.lock().unwrap_or_else(PoisonError::into_inner) = true;
-        self.changed.notify_all();
-    }
-
-    /// Whether the subject was let go within `patience`. Nothing but a driver that panicked takes so long.
-    fn wait(&self, patience: Duration) -> bool {
-        let done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
-        let (done, _) = self
-            .changed
-            .wait_timeout_while(done, patience, |done| !*done)
-            .unwrap_or_else(PoisonError::into_inner);
-        *done
-    }
 }
 
 /// Moments of the cut-over, for the report.
@@ -627,72 +601,8 @@ impl<'a> Driver<'a> {
     }
 }
 
-/// Sends device state as it is written.
-#[derive(Debug)]
-struct StateSink<'a> {
-    writer: &'a Mutex<LaneWriter>,
-    buffer: Vec<u8>,
-    sent: u64,
-    digest: Xxh3Box,
-}
-
-/// The hasher is 576 bytes and has no `Debug`.
-struct Xxh3Box(Box<Xxh3Default>);
-
-impl std::fmt::Debug for Xxh3Box {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Xxh3")
-    }
-}
-
-impl<'a> StateSink<'a> {
-    fn new(writer: &'a Mutex<LaneWriter>) -> Self {
-        Self {
-            writer,
-            buffer: Vec::with_capacity(STATE_PIECE),
-            sent: 0,
-            digest: Xxh3Box(Box::new(Xxh3Default::new())),
-        }
-    }
-
-    fn send(&mut self) -> io::Result<()> {
-        let message = Message::State { offset: self.sent };
-        lock(self.writer).send(&message, &[&self.buffer])?;
-        self.digest.0.update(&self.buffer);
-        self.sent += self.buffer.len() as u64;
-        self.buffer.clear();
-        Ok(())
-    }
-
-    fn finish(mut self) -> io::Result<(u64, u64)> {
-        if !self.buffer.is_empty() {
-            self.send()?;
-        }
-        Ok((self.sent, self.digest.0.digest()))
-    }
-}
-
-impl Write for StateSink<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let part = bytes.len().min(STATE_PIECE - self.buffer.len());
-        self.buffer.extend_from_slice(&bytes[..part]);
-        if self.buffer.len() == STATE_PIECE {
-            self.send()?;
-        }
-        Ok(part)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 fn local(what: &'static str) -> impl FnOnce(io::Error) -> Cause {
     move |source| Cause::Local { what, source }
-}
-
-fn lock(writer: &Mutex<LaneWriter>) -> std::sync::MutexGuard<'_, LaneWriter> {
-    writer.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Waits for `done`, until `end` at the latest. Only ever at the end of a session, where nothing signals.
