@@ -410,10 +410,13 @@ impl Leecher {
         }
         self.nothing_may_be_received()?;
         self.round = round;
+        // What was remote before is absent already, or will be when the events before this one are obeyed.
+        let mut stale = set.clone();
+        stale.subtract(self.residency.remote());
         self.residency.invalidate(&set);
-        if self.phase == Phase::Finalizing {
+        if self.phase == Phase::Finalizing && !stale.is_empty() {
             self.unobeyed += 1;
-            self.events.push_back(Event::Discard { stale: set });
+            self.events.push_back(Event::Discard { stale });
         }
         Ok(())
     }

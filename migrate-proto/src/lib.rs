@@ -9,7 +9,8 @@
 //!         ◄─────────────────────────────────────────────── Accept(window)
 //!   Chunks (round 0, bulk lanes) ───────────────────────────────► install
 //!   Dirty…, Round(1), Chunks (round 1) … ───────────────────────► install
-//!   [suspend]  Dirty…, Round(n), Finalize ──────────────────────► [arm faults]
+//!   Dirty…, Round(n), Finalize ─────────────────────────────────► [arm faults, discard]
+//!   [suspend]  Dirty…, Round(n+1) ──────────────────────────────► [discard]
 //!   State…, StateEnd ───────────────────────────────────────────► [load]
 //!         ◄──────────────────────────────────────────────────────  Ready
 //!   Release ────────────────────────────────────────────────────► [run]

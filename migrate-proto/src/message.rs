@@ -59,7 +59,7 @@ pub enum Message {
         /// The chunks.
         run: ChunkRun,
     },
-    /// Seeder: the subject is suspended; what is remote now is fetched on demand, nothing is overwritten any more.
+    /// Seeder: what is remote now is fetched on demand, and nothing is overwritten any more.
     Finalize,
     /// Seeder: a piece of device state, which is the payload.
     State {

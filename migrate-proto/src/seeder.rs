@@ -308,7 +308,10 @@ impl Seeder {
                 self.advance(now);
             }
             (
-                Phase::Suspended(Suspended {
+                Phase::Suspending {
+                    post_copy: true, ..
+                }
+                | Phase::Suspended(Suspended {
                     finalized: true, ..
                 })
                 | Phase::Releasing
@@ -449,10 +452,17 @@ impl Seeder {
                 self.fail(error);
             }
             decision @ (Decision::StopAndCopy | Decision::PostCopy) => {
-                self.phase = Phase::Suspending {
-                    post_copy: decision == Decision::PostCopy,
-                    unsent: dirty,
-                };
+                let post_copy = decision == Decision::PostCopy;
+                let mut unsent = dirty;
+                if post_copy {
+                    // The leecher makes these chunks absent while the subject still runs; what is left for the
+                    // blackout are those that are written from now on and are not among them.
+                    let messages = session.announce(now, &unsent);
+                    self.messages.extend(messages);
+                    self.messages.push_back(Message::Finalize);
+                    unsent.clear();
+                }
+                self.phase = Phase::Suspending { post_copy, unsent };
                 self.events.push_back(Event::Suspend {
                     decision,
                     observation,
@@ -476,9 +486,6 @@ impl Seeder {
         unsent.union_with(dirty);
         let messages = self.session_mut().announce(now, &unsent);
         self.messages.extend(messages);
-        if post_copy {
-            self.messages.push_back(Message::Finalize);
-        }
         self.phase = Phase::Suspended(Suspended {
             post_copy,
             saved: None,
