@@ -11,7 +11,7 @@ const LONGEST: usize = 700;
 const TOO_LONG: [(&str, usize); 2] = [
     // Each is one state machine; its data has types of its own already.
     ("migrate-proto/src/leecher.rs", 763),
-    ("migrate-proto/src/seeder.rs", 952),
+    ("migrate-proto/src/seeder.rs", 770),
 ];
 
 fn rust() -> Vec<Source> {
