@@ -15,8 +15,8 @@ use crate::sys::sparse::{next_data, next_hole};
 
 /// A file, read and written by position; its holes stay holes until they are written.
 ///
-/// Looking for holes moves the cursor of the file, which nothing here uses. What others write to the file, or to a shared mapping of it, is seen at once. The length is that which the file
-/// had when this was made.
+/// Looking for holes moves the cursor of the file, which nothing here uses. What others write to the file, or to a shared
+/// mapping of it, is seen at once. The length is that which the file had when this was made.
 #[derive(Debug)]
 pub struct FileStorage {
     file: File,

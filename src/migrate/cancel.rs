@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// Asks a migration to end with the source running on. Cloning gives another handle on the same wish.
 ///
 /// Until ownership passes the wish is granted within a tenth of a second or what a call of the subject takes; from
-/// then on it has no effect.
+/// then on it has no effect. A destination that has said Ready may be the owner without knowing it: it waits for the
+/// source's answer, which is Release, or that the source has given up.
 #[derive(Debug, Clone, Default)]
 pub struct Cancel(Arc<AtomicBool>);
 

@@ -1,6 +1,6 @@
 //! A migration from one end to the other: the drivers of the protocol's state machines.
 //!
-//! [`seed`] runs where the subject runs now, [`leech`] where it will. Both are calls that return when the session has
+//! [`seed()`] runs where the subject runs now, [`leech()`] where it will. Both are calls that return when the session has
 //! ended; they use plain threads, because their work is copying memory between blocking sockets and page faults:
 //!
 //! ```text

@@ -1,7 +1,7 @@
 //! What is moved: something that runs, can be suspended and has state besides its memory.
 //!
 //! [`Outgoing`] is the subject where it runs now, [`Incoming`] where it will run. The engine calls them in the
-//! order of a migration and never both ends at once; every call has a deadline.
+//! order of a migration and never both ends at once; every call that waits for the subject has a deadline.
 
 pub mod qemu;
 

@@ -183,7 +183,7 @@ impl Pagemap {
     /// Names the pages of `range` whose soft-dirty bit is set: those written since
     /// [`clear_soft_dirty`](Self::clear_soft_dirty).
     ///
-    /// The bits mean nothing where [`soft_dirty_works`] says so.
+    /// The bits mean nothing where [`soft_dirty_works`] says no.
     ///
     /// # Errors
     /// What the kernel says.

@@ -40,11 +40,9 @@ impl Output {
         }
     }
 
-    /// A remark while it goes on, for people.
+    /// A remark while it goes on, for people; also where a program reads the events: somebody reads its log.
     pub(crate) fn remark(self, remark: &str) {
-        if !self.json {
-            eprintln!("{remark}");
-        }
+        eprintln!("{remark}");
     }
 
     /// Starts to show progress; ends when the sender is dropped.
