@@ -11,8 +11,10 @@ use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use rustix::process::Signal;
 
 use crate::failures::{SLOW, running};
-use crate::ferry::{Ferry, assert_free, assert_unharmed, ram_address, userfaultfds, write_pages};
-use crate::qemu::{RAM, Vm, soon};
+use crate::ferry::{
+    Ferry, assert_free, assert_unharmed, migrate, ram_address, userfaultfds, write_pages,
+};
+use crate::qemu::{Options, RAM, Vm, soon};
 
 const MIB: u64 = 1 << 20;
 
@@ -81,7 +83,9 @@ fn late_writes(options: &[&str]) -> Journey {
 fn the_guest_runs_on_when_the_sender_is_killed_in_pre_copy() {
     let mut journey = slow_pre_copy();
     journey.send.kill();
-    journey.receive.ends(1, &["the guest runs on at the source"]);
+    journey
+        .receive
+        .ends(1, &["the guest runs on at the source"]);
     assert_unharmed(&mut journey.vm);
 }
 
@@ -102,8 +106,13 @@ fn the_guest_runs_on_when_the_sender_is_killed_while_it_stands_still() {
     assert_eq!(journey.vm.count(), counted, "it stands still");
     journey.send.kill();
     let (_, said) = journey.send.end();
-    assert!(said.contains("the sender has died before hand-over"), "{said}");
-    journey.receive.ends(1, &["the guest runs on at the source"]);
+    assert!(
+        said.contains("the sender has died before hand-over"),
+        "{said}"
+    );
+    journey
+        .receive
+        .ends(1, &["the guest runs on at the source"]);
     assert_unharmed(&mut journey.vm);
 }
 
@@ -121,7 +130,9 @@ fn the_guest_runs_on_when_the_receiver_is_killed_while_it_stands_still() {
 fn ctrl_c_while_the_guest_stands_still_lets_it_run_on() {
     let mut journey = slow_cut_over();
     journey.send.signal(Signal::INT);
-    journey.send.ends(1, &["cancelled by the user", "the guest runs on"]);
+    journey
+        .send
+        .ends(1, &["cancelled by the user", "the guest runs on"]);
     journey.receive.ends(1, &["cancelled by the user"]);
     assert_unharmed(&mut journey.vm);
 }
@@ -179,6 +190,10 @@ fn one_guest_runs_whenever_in_cut_over_the_sender_is_killed() {
         (if at_source { &vm } else { &to }).wait_until_it_counts();
         assert_eq!(still.count(), counted, "both run");
         if at_source {
+            assert_free(&vm);
+            assert_eq!(userfaultfds(&vm), 0);
+        }
+        if at_source && delay == 14 {
             assert_unharmed(&mut vm);
         }
     }
@@ -189,8 +204,12 @@ fn one_guest_runs_whenever_in_cut_over_the_sender_is_killed() {
 fn the_settings_of_a_sender_that_was_killed_are_put_back() {
     let capabilities = |vm: &mut Vm| {
         let mut qmp = vm.qmp();
-        qmp.execute("query-migrate-capabilities", &serde_json::Value::Null, soon())
-            .unwrap()
+        qmp.execute(
+            "query-migrate-capabilities",
+            &serde_json::Value::Null,
+            soon(),
+        )
+        .unwrap()
     };
     let (mut vm, mut to) = (running(), Vm::destination());
     let before = capabilities(&mut vm);
@@ -266,6 +285,68 @@ fn the_guest_runs_on_when_the_destination_qemu_dies_while_it_stands_still() {
     assert_unharmed(&mut journey.vm);
 }
 
+#[test]
+#[ignore = "guest: needs qemu-system-x86_64"]
+fn a_destination_whose_receiver_was_killed_in_pre_copy_can_receive_again() {
+    let mut journey = slow_pre_copy();
+    journey.receive.kill();
+    journey.send.ends(1, &["the guest runs on"]);
+    assert!(userfaultfds(&journey.to) > 0, "what it left behind");
+    migrate(&journey.vm, &mut journey.to);
+    assert_eq!(userfaultfds(&journey.to), 0);
+}
+
+#[test]
+#[ignore = "guest: needs qemu-system-x86_64 and root (mounts a small tmpfs)"]
+fn a_destination_whose_file_system_is_too_small_says_so_and_the_guest_runs_on() {
+    for post_copy in ["--post-copy=never", "--post-copy=always"] {
+        let mut vm = running();
+        write_pages(&vm, 16 * MIB, 3);
+        let small = SmallFileSystem::mount(8);
+        let backend = format!(
+            "memory-backend-file,id=m0,size=64M,share=on,mem-path={}",
+            small.0.path().join("ram").display()
+        );
+        let mut to = Vm::start(&Options {
+            backend: &backend,
+            more: &["-incoming", "defer", "-S"],
+            ..Options::default()
+        });
+        let (mut receive, pairing) = Ferry::receive(&mut to, &[]);
+        let mut send = Ferry::send(&vm, &pairing, &[post_copy]);
+        send.ends(1, &["no room", "the guest runs on"]);
+        receive.ends(1, &["no room"]);
+        assert_unharmed(&mut vm);
+        drop(to);
+    }
+}
+
+/// A file system in memory, gone with this.
+struct SmallFileSystem(tempfile::TempDir);
+
+impl SmallFileSystem {
+    fn mount(mebibytes: u64) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let options = std::ffi::CString::new(format!("size={mebibytes}M")).unwrap();
+        rustix::mount::mount(
+            "memferry-test",
+            folder.path(),
+            "tmpfs",
+            rustix::mount::MountFlags::empty(),
+            Some(options.as_c_str()),
+        )
+        .unwrap();
+        Self(folder)
+    }
+}
+
+impl Drop for SmallFileSystem {
+    fn drop(&mut self) {
+        let detach = rustix::mount::UnmountFlags::DETACH;
+        let _ = rustix::mount::unmount(self.0.path(), detach);
+    }
+}
+
 /// Reads a page that is absent at the destination, as its QEMU would, and tells when it has it.
 fn read_absent(to: &Vm) -> mpsc::Receiver<Option<u8>> {
     let ram = File::open(to.ram_path()).unwrap();
@@ -327,7 +408,10 @@ fn a_guest_whose_sender_was_killed_in_post_copy_waits_and_the_receiver_says_what
     journey.send.kill();
     journey.receive.ends(
         3,
-        &["lost after hand-over", "Do not resume the guest at the source"],
+        &[
+            "lost after hand-over",
+            "Do not resume the guest at the source",
+        ],
     );
     assert_waits(&journey.to);
     assert_free(&journey.to);

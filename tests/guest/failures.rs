@@ -98,7 +98,10 @@ fn address(pairing: &str) -> &str {
 fn a_receiver_turns_away_garbage_and_other_versions_and_still_takes_the_source() {
     let (vm, mut to) = (running(), Vm::destination());
     let (mut receive, pairing) = Ferry::receive(&mut to, &[]);
-    for opening in [&b"GET / HTTP/1.1\r\nHost: there\r\n\r\n    "[..], b"MFRY\x63"] {
+    for opening in [
+        &b"GET / HTTP/1.1\r\nHost: there\r\n\r\n    "[..],
+        b"MFRY\x63",
+    ] {
         let mut stream = TcpStream::connect(address(&pairing)).unwrap();
         stream
             .set_read_timeout(Some(Duration::from_secs(10)))
@@ -195,7 +198,11 @@ fn an_address_off_loopback_is_refused_on_both_sides_without_insecure() {
     let (mut vm, mut to) = (running(), Vm::destination());
     let listen = ["--listen", "0.0.0.0:0"];
     Ferry::try_receive(&mut to, &listen).ends(1, &["is not loopback", "--insecure"]);
-    let pairing = format!("memferry1:192.0.2.1:9#{}.{}", "5".repeat(16), "7".repeat(32));
+    let pairing = format!(
+        "memferry1:192.0.2.1:9#{}.{}",
+        "5".repeat(16),
+        "7".repeat(32)
+    );
     Ferry::send(&vm, &pairing, &[]).ends(1, &["is not loopback", "--insecure"]);
     assert_unharmed(&mut vm);
 }

@@ -166,7 +166,11 @@ impl Ferry {
             if let Some(status) = self.child.try_wait().unwrap() {
                 break status;
             }
-            assert!(Instant::now() < deadline, "it does not end: {:?}", self.heard);
+            assert!(
+                Instant::now() < deadline,
+                "it does not end: {:?}",
+                self.heard
+            );
             std::thread::park_timeout(Duration::from_millis(2));
         };
         for thread in self.listening.drain(..) {

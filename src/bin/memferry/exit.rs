@@ -40,7 +40,7 @@ fn code(error: &anyhow::Error) -> u8 {
         error.downcast_ref::<SeedError>(),
         error.downcast_ref::<LeechError>(),
     ) {
-        (Some(SeedError::Lost { .. }), _)
+        (Some(SeedError::Lost { .. } | SeedError::Unverified { .. }), _)
         | (
             _,
             Some(

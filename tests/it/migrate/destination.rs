@@ -210,11 +210,7 @@ pub(crate) struct Newcomer {
 }
 
 impl Newcomer {
-    fn look_at_everything(
-        memory: &[Arc<Mapping>],
-        source: &[Arc<Mapping>],
-        look: &Look,
-    ) {
+    fn look_at_everything(memory: &[Arc<Mapping>], source: &[Arc<Mapping>], look: &Look) {
         for (memory, source) in memory.iter().zip(source) {
             let pages = memory.len().div_ceil(PAGE);
             let mut order: Vec<u64> = (0..pages).collect();
@@ -267,7 +263,10 @@ impl Incoming for Newcomer {
             let wrong = memory.iter().zip(&source).map(|(memory, source)| {
                 let last = memory.len().div_ceil(PAGE) - 1;
                 let differs = |page: &u64| touch(memory, *page) != read(source, *page);
-                [0, last / 2, last].iter().filter(|&page| differs(page)).count()
+                [0, last / 2, last]
+                    .iter()
+                    .filter(|&page| differs(page))
+                    .count()
             });
             // Nobody listens any more if it came too late.
             let _ = done.send(wrong.sum::<usize>());
