@@ -79,6 +79,16 @@ pub enum SeedError {
         #[source]
         resume: SubjectError,
     },
+    /// The subject runs at the destination with all of its memory, and the session broke before the copies were compared.
+    #[error(
+        "the guest runs at the destination and all of its memory is there, but the connection was lost ({cause}) before the copies were \
+         compared. Nothing is known to be wrong. Do not resume the guest here"
+    )]
+    Unverified {
+        /// Why.
+        #[source]
+        cause: Cause,
+    },
     /// Ownership has passed, and the session broke before all memory had followed.
     #[error(
         "the connection was lost after hand-over ({cause}): {missing} bytes of the guest's memory are only here, and the \

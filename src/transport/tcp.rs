@@ -278,6 +278,7 @@ mod tests {
     use super::*;
     use crate::transport::LaneError;
     use migrate_proto::Message;
+    use std::sync::atomic::{AtomicBool, Ordering};
     use std::thread;
 
     const SOON: Duration = Duration::from_secs(10);
@@ -350,14 +351,14 @@ mod tests {
     #[test]
     fn who_comes_while_a_session_runs_is_told_at_once_that_the_pairing_was_used() {
         let (listener, pairing) = listen();
-        let over = std::sync::atomic::AtomicBool::new(false);
+        let over = &AtomicBool::new(false);
         let refused = thread::scope(|scope| {
-            scope.spawn(|| {
-                let running = || !over.load(std::sync::atomic::Ordering::Relaxed);
-                listener.turn_away(&pairing, running).unwrap();
-            });
-            let refused = Session::connect(&pairing, 1, SOON, Instant::now() + SOON);
-            over.store(true, std::sync::atomic::Ordering::Relaxed);
+            let running = move || !over.load(Ordering::Relaxed);
+            let listener = &listener;
+            let pairing = &pairing;
+            scope.spawn(move || listener.turn_away(pairing, running).unwrap());
+            let refused = Session::connect(pairing, 1, SOON, Instant::now() + SOON);
+            over.store(true, Ordering::Relaxed);
             refused
         });
         assert!(matches!(

@@ -2,15 +2,19 @@
 //! sees memory that is not the guest's, and both sides say what to do.
 
 use std::fs::File;
-use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::io::IoSliceMut;
+use std::os::unix::fs::MetadataExt as _;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use rustix::process::Signal;
 
 use crate::failures::{SLOW, running};
-use crate::ferry::{Ferry, assert_free, assert_unharmed, ram_address, userfaultfds, write_pages};
-use crate::qemu::{RAM, Vm, soon};
+use crate::ferry::{
+    Ferry, assert_free, assert_unharmed, migrate, ram_address, userfaultfds, write_pages,
+};
+use crate::qemu::{Options, RAM, Vm, soon};
 
 const MIB: u64 = 1 << 20;
 
@@ -186,6 +190,10 @@ fn one_guest_runs_whenever_in_cut_over_the_sender_is_killed() {
         (if at_source { &vm } else { &to }).wait_until_it_counts();
         assert_eq!(still.count(), counted, "both run");
         if at_source {
+            assert_free(&vm);
+            assert_eq!(userfaultfds(&vm), 0);
+        }
+        if at_source && delay == 14 {
             assert_unharmed(&mut vm);
         }
     }
@@ -277,29 +285,95 @@ fn the_guest_runs_on_when_the_destination_qemu_dies_while_it_stands_still() {
     assert_unharmed(&mut journey.vm);
 }
 
+#[test]
+#[ignore = "guest: needs qemu-system-x86_64"]
+fn a_destination_whose_receiver_was_killed_in_pre_copy_can_receive_again() {
+    let mut journey = slow_pre_copy();
+    journey.receive.kill();
+    journey.send.ends(1, &["the guest runs on"]);
+    assert!(userfaultfds(&journey.to) > 0, "what it left behind");
+    migrate(&journey.vm, &mut journey.to);
+    assert_eq!(userfaultfds(&journey.to), 0);
+}
+
+#[test]
+#[ignore = "guest: needs qemu-system-x86_64 and root (mounts a small tmpfs)"]
+fn a_destination_whose_file_system_is_too_small_says_so_and_the_guest_runs_on() {
+    for post_copy in ["--post-copy=never", "--post-copy=always"] {
+        let mut vm = running();
+        write_pages(&vm, 16 * MIB, 3);
+        let small = SmallFileSystem::mount(8);
+        let backend = format!(
+            "memory-backend-file,id=m0,size=64M,share=on,mem-path={}",
+            small.0.path().join("ram").display()
+        );
+        let mut to = Vm::start(&Options {
+            backend: &backend,
+            more: &["-incoming", "defer", "-S"],
+            ..Options::default()
+        });
+        let (mut receive, pairing) = Ferry::receive(&mut to, &[]);
+        let mut send = Ferry::send(&vm, &pairing, &[post_copy]);
+        send.ends(1, &["no room", "the guest runs on"]);
+        receive.ends(1, &["no room"]);
+        assert_unharmed(&mut vm);
+        drop(to);
+    }
+}
+
+/// A file system in memory, gone with this.
+struct SmallFileSystem(tempfile::TempDir);
+
+impl SmallFileSystem {
+    fn mount(mebibytes: u64) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let options = std::ffi::CString::new(format!("size={mebibytes}M")).unwrap();
+        rustix::mount::mount(
+            "memferry-test",
+            folder.path(),
+            "tmpfs",
+            rustix::mount::MountFlags::empty(),
+            Some(options.as_c_str()),
+        )
+        .unwrap();
+        Self(folder)
+    }
+}
+
+impl Drop for SmallFileSystem {
+    fn drop(&mut self) {
+        let detach = rustix::mount::UnmountFlags::DETACH;
+        let _ = rustix::mount::unmount(self.0.path(), detach);
+    }
+}
+
 /// Reads a page that is absent at the destination, as its QEMU would, and tells when it has it.
-fn read_absent(to: &Vm) -> (u64, mpsc::Receiver<Option<u8>>) {
+fn read_absent(to: &Vm) -> mpsc::Receiver<Option<u8>> {
     let ram = File::open(to.ram_path()).unwrap();
     let hole = rustix::fs::seek(&ram, rustix::fs::SeekFrom::Hole(RAM / 2)).unwrap();
     assert!(hole < RAM / 2 + 8 * MIB, "all of it is there");
     // The last of them is the last to come.
-    let offset = RAM / 2 + 8 * MIB - 4096;
-    let address = ram_address(to) + offset;
-    let memory = File::open(format!("/proc/{}/mem", to.pid())).unwrap();
+    let address = usize::try_from(ram_address(to) + RAM / 2 + 8 * MIB - 4096).unwrap();
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(to.pid()).unwrap());
     let (done, read) = mpsc::channel();
     std::thread::spawn(move || {
         let mut byte = [0xee];
-        let read = memory.read_exact_at(&mut byte, address);
-        let _ = done.send(read.ok().map(|()| byte[0]));
+        // It faults on behalf of QEMU, and waits as a thread of QEMU does.
+        let remote = RemoteIoVec {
+            base: address,
+            len: 1,
+        };
+        let read = process_vm_readv(pid, &mut [IoSliceMut::new(&mut byte)], &[remote]);
+        let _ = done.send(read.map(|_| byte[0]).ok());
     });
-    (offset, read)
+    read
 }
 
 /// Who reads absent memory there waits: it gets nothing, and nothing is made of nothing in its place.
 #[track_caller]
 fn assert_waits(to: &Vm) {
     let before = std::fs::metadata(to.ram_path()).unwrap().blocks();
-    let (_, read) = read_absent(to);
+    let read = read_absent(to);
     let got = read.recv_timeout(Duration::from_millis(300));
     assert_eq!(got, Err(mpsc::RecvTimeoutError::Timeout));
     let after = std::fs::metadata(to.ram_path()).unwrap().blocks();
@@ -350,7 +424,7 @@ fn a_guest_whose_sender_was_killed_in_post_copy_waits_and_the_receiver_says_what
 #[ignore = "guest: needs qemu-system-x86_64"]
 fn a_guest_waits_in_post_copy_for_what_it_reads_and_gets_it() {
     let mut journey = slow_post_copy();
-    let (_, read) = read_absent(&journey.to);
+    let read = read_absent(&journey.to);
     assert_eq!(read.recv_timeout(Duration::from_secs(5)), Ok(Some(2)));
     journey.send.ends(0, &[]);
     journey.receive.ends(0, &[]);

@@ -41,7 +41,10 @@ fn code(error: &anyhow::Error) -> u8 {
         error.downcast_ref::<SeedError>(),
         error.downcast_ref::<LeechError>(),
     ) {
-        (Some(SeedError::Lost { .. } | SeedError::Stuck { .. }), _)
+        (
+            Some(SeedError::Lost { .. } | SeedError::Stuck { .. } | SeedError::Unverified { .. }),
+            _,
+        )
         | (
             _,
             Some(

@@ -298,6 +298,21 @@ impl<'a> Driver<'a> {
                 }
                 Event::Lost {
                     error,
+                    missing: 0,
+                    running: true,
+                } => {
+                    // All is there; only the farewell is missing, or the comparison.
+                    moments.complete.get_or_insert_with(|| self.clock.elapsed());
+                    let compared = moments.verified.is_some() || self.options.verify == Verify::Off;
+                    if compared {
+                        return Ok(SeedOutcome::Moved(self.report(monitor, &moments)));
+                    }
+                    return Err(SeedError::Unverified {
+                        cause: failure.take().unwrap_or(Cause::Protocol(error)),
+                    });
+                }
+                Event::Lost {
+                    error,
                     missing,
                     running,
                 } => {

@@ -24,6 +24,7 @@ mod qmp_error;
 mod settings;
 mod status;
 mod stream;
+mod undo;
 mod will;
 
 pub use backend::{Backend, BackendError};

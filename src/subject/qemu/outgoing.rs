@@ -4,15 +4,15 @@ use std::io::Write;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::error::{QemuError, Refusal, Refusals};
 use super::machine::{Machine, RunState};
 use super::qmp::Qmp;
-use super::qmp_error::QmpError;
 use super::settings::Settings;
 use super::status;
 use super::stream::Capture;
+use super::undo;
 use super::will::{Executor, LastWill, Stage};
 use crate::subject::{Description, Outgoing, SubjectError};
 
@@ -103,29 +103,6 @@ impl OutgoingQemu {
     pub fn with_executor(mut self, executor: Box<dyn Executor>) -> Self {
         self.executor = Some(executor);
         self
-    }
-
-    /// The guest of a process that has died, as its last will says.
-    pub(super) fn orphaned(qmp: Qmp, machine: Machine, will: LastWill) -> Self {
-        Self {
-            before: if will.ran {
-                RunState::Running
-            } else {
-                RunState::Paused
-            },
-            qmp,
-            machine,
-            phase: match will.stage {
-                Stage::Prepared => Phase::Idle,
-                Stage::Migrating => Phase::Migrating,
-                Stage::Saving => Phase::Saving,
-            },
-            settings: Some(will.settings),
-            capture: None,
-            attempts: 0,
-            timings: OutgoingTimings::default(),
-            executor: None,
-        }
     }
 
     /// Says what is to be done if this process dies from here on. One that is gone cannot be told, and does nothing either:
@@ -308,7 +285,7 @@ impl OutgoingQemu {
         }
     }
 
-    pub(super) fn resume_guest(&mut self, deadline: Instant) -> Result<(), QemuError> {
+    fn resume_guest(&mut self, deadline: Instant) -> Result<(), QemuError> {
         if self.phase == Phase::Released {
             return Err(QemuError::Order {
                 what: "resuming the guest here",
@@ -320,9 +297,9 @@ impl OutgoingQemu {
             self.phase,
             Phase::Migrating | Phase::Suspended | Phase::Saving | Phase::Saved
         ) {
-            self.end_migration(deadline)?;
+            undo::end_migration(&mut self.qmp, self.phase == Phase::Saving, deadline)?;
             if self.before == RunState::Running {
-                self.run(deadline)?;
+                undo::run(&mut self.qmp, deadline)?;
             }
             self.capture = None;
         }
@@ -337,72 +314,6 @@ impl OutgoingQemu {
         }
         self.note(None);
         Ok(())
-    }
-
-    /// Cancels what is under way, and waits until nothing is.
-    fn end_migration(&mut self, deadline: Instant) -> Result<(), QemuError> {
-        let answer = status::query(&mut self.qmp, deadline)?;
-        let status = answer["status"].as_str().unwrap_or("none");
-        if !status::is_under_way(status) {
-            return Ok(());
-        }
-        if self.phase == Phase::Saving {
-            // QEMU gives its disks away in this step, and 7.2 does not take them back when it is cancelled meanwhile: the
-            // guest runs then, and QEMU aborts at its next write. The step takes milliseconds, since what it sends is
-            // always received. So it is left to end, and cancelled only if it does not.
-            let half = deadline.saturating_duration_since(Instant::now()) / 2;
-            match self.await_end("ending its last step", Instant::now() + half) {
-                Err(QemuError::Late { .. }) => {}
-                ended => return ended,
-            }
-        }
-        self.qmp.execute("migrate_cancel", &Value::Null, deadline)?;
-        self.await_end("cancelling its migration", deadline)
-    }
-
-    /// Waits until no migration is under way. An end that was told by an event before is seen by asking.
-    fn await_end(&mut self, during: &'static str, deadline: Instant) -> Result<(), QemuError> {
-        let ended = |status: &str| !status::is_under_way(status);
-        status::wait(&mut self.qmp, during, ended, |_| Ok(()), deadline)?;
-        Ok(())
-    }
-
-    /// Lets the guest run. QEMU sees to that itself after some ends of a migration and not after others; it is told to in any
-    /// case, because `cont` also takes back the disks that a migration gave away.
-    fn run(&mut self, deadline: Instant) -> Result<(), QemuError> {
-        let mut told = false;
-        loop {
-            let state = RunState::query(&mut self.qmp, deadline)?;
-            match state {
-                RunState::Running if told => return Ok(()),
-                RunState::Running | RunState::Paused | RunState::PostMigrate => {
-                    match self.qmp.execute("cont", &Value::Null, deadline) {
-                        Ok(_) => told = true,
-                        // The end of the migration is told before it is quite over.
-                        Err(QmpError::Refused { desc, .. }) if desc.contains("not finalized") => {}
-                        Err(error) => return Err(error.into()),
-                    }
-                }
-                RunState::FinishMigrate => {
-                    let soon = deadline.min(Instant::now() + Duration::from_millis(1));
-                    self.qmp.next_event(soon)?;
-                }
-                RunState::InMigrate | RunState::Other(_) => {
-                    return Err(QemuError::RunState {
-                        state: state.to_string(),
-                        during: "it should run again",
-                        remedy: "look at QEMU's log, and let it run with `cont` on its QMP socket",
-                    });
-                }
-            }
-            if Instant::now() >= deadline {
-                return Err(QemuError::RunState {
-                    state: state.to_string(),
-                    during: "it should run again",
-                    remedy: "it did not by the deadline; let it run with `cont` on its QMP socket",
-                });
-            }
-        }
     }
 }
 

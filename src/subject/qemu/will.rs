@@ -7,10 +7,9 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::error::QemuError;
-use super::machine::Machine;
-use super::outgoing::OutgoingQemu;
 use super::qmp::Qmp;
 use super::settings::Settings;
+use super::undo;
 
 /// How long the first attempt may take; half of it is what a migration that QEMU is ending by itself may take.
 const FIRST_ATTEMPT: Duration = Duration::from_secs(2);
@@ -52,12 +51,17 @@ impl LastWill {
     ///
     /// # Errors
     /// If QEMU is gone or does not obey; a guest that is stopped stays so then.
-    pub fn execute(self, mut qmp: Qmp, deadline: Instant) -> Result<(), QemuError> {
-        let machine = Machine::inspect(&mut qmp, deadline)?;
-        let mut orphan = OutgoingQemu::orphaned(qmp, machine, self);
-        let first = deadline.min(Instant::now() + FIRST_ATTEMPT);
-        orphan
-            .resume_guest(first)
-            .or_else(|_| orphan.resume_guest(deadline))
+    pub fn execute(self, qmp: &mut Qmp, deadline: Instant) -> Result<(), QemuError> {
+        if self.stage != Stage::Prepared {
+            let saving = self.stage == Stage::Saving;
+            // It may have died before QEMU was told to take the last step, which then never ends by itself.
+            let first = deadline.min(Instant::now() + FIRST_ATTEMPT);
+            undo::end_migration(qmp, saving, first)
+                .or_else(|_| undo::end_migration(qmp, false, deadline))?;
+            if self.ran {
+                undo::run(qmp, deadline)?;
+            }
+        }
+        self.settings.restore(qmp, deadline)
     }
 }

@@ -59,7 +59,10 @@ fn settled(source: &Source, destination: &Destination, run: &Run) -> End {
             End::Lost
         }
         (
-            Some(Ok(SeedOutcome::Moved(_)) | Err(SeedError::Lost { .. })),
+            Some(
+                Ok(SeedOutcome::Moved(_))
+                | Err(SeedError::Unverified { .. } | SeedError::Lost { .. }),
+            ),
             Some(Ok(LeechOutcome::Moved(_))),
         ) => {
             source.assert_writer_stands();

@@ -116,11 +116,11 @@ pub(crate) fn scramble(number: u64) -> u64 {
 }
 
 fn fill(memory: &Mapping, seed: u64, fill: Fill) {
-    let mut page = [0; PAGE as usize];
-    for (number, start) in (0..memory.len()).step_by(PAGE as usize).enumerate() {
-        let number = number as u64;
+    let mut page = [0; 4096];
+    for number in 0..memory.len().div_ceil(PAGE) {
+        let start = number * PAGE;
         if let Fill::OneIn(pages) = fill
-            && number % pages != 0
+            && !number.is_multiple_of(pages)
         {
             continue;
         }
@@ -284,7 +284,7 @@ impl Writer {
             drop(wishes);
             for _ in 0..self.rate.load(Ordering::Relaxed) {
                 number += 1;
-                let region = &memory[number as usize % memory.len()];
+                let region = &memory[usize::try_from(number).unwrap() % memory.len()];
                 let random = scramble(number);
                 // Most writes go to a quarter of the pages, as a program's do.
                 let reach = if random.is_multiple_of(8) { 1 } else { 4 };

@@ -53,7 +53,8 @@ pub(crate) fn run(args: &Receive, output: Output) -> anyhow::Result<()> {
         let result = thread::scope(|scope| {
             // A listener that fails meanwhile is told by the next accept, if there is one.
             let _ = scope.spawn(|| listener.turn_away(&pairing, || !over.load(Ordering::Relaxed)));
-            let result = migrate::leech(
+            let _until_the_end = Raise(&over);
+            migrate::leech(
                 &session,
                 &ram.names,
                 &ram.memory,
@@ -61,9 +62,7 @@ pub(crate) fn run(args: &Receive, output: Output) -> anyhow::Result<()> {
                 &options,
                 Some(progress),
                 &cancel,
-            );
-            over.store(true, Ordering::Relaxed);
-            result
+            )
         });
         let _ = shown.join();
         match result? {
@@ -73,6 +72,15 @@ pub(crate) fn run(args: &Receive, output: Output) -> anyhow::Result<()> {
                 output.remark("A dry run has ended; nothing was changed. Still waiting, the string above is still good.");
             }
         }
+    }
+}
+
+/// Raises a flag at the end of a scope, also of one that panics.
+struct Raise<'a>(&'a AtomicBool);
+
+impl Drop for Raise<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 

@@ -36,7 +36,7 @@ pub(crate) fn run(args: &Watch) -> anyhow::Result<()> {
     // The sender's connection is closed as it dies, and QEMU greets the next one then.
     Qmp::connect(&args.qmp, deadline)
         .map_err(Into::into)
-        .and_then(|qmp| will.execute(qmp, deadline))
+        .and_then(|mut qmp| will.execute(&mut qmp, deadline))
         .context(
             "the sender has died, and the guest could not be given back: it may stand still here. If the destination does not run it, \
              `migrate_cancel` and then `cont` on its QMP socket let it run",
