@@ -73,7 +73,7 @@ pub fn run(program: impl Fn() -> Command, len: u64) -> Result<Moved> {
     source.fill(Instant::now() + PATIENCE * 6)?;
     source.run()?;
 
-    let (region, tracking) = region(source.pid(), source_memory, len)?;
+    let (region, tracking) = region(source.pid(), &source_memory, len)?;
     let watch = watch(destination.pid(), &destination_memory);
     let faults = watch.is_ok();
     let ram = FileRam::new(vec![destination_memory], watch.ok())?;
@@ -136,12 +136,12 @@ pub fn run(program: impl Fn() -> Command, len: u64) -> Result<Moved> {
 }
 
 /// The memory with the best tracker that this user may use, and what that is called.
-fn region(pid: u32, memory: File, len: u64) -> Result<(SourceRegion, &'static str)> {
+fn region(pid: u32, memory: &File, len: u64) -> Result<(SourceRegion, &'static str)> {
     let storage = Arc::new(FileStorage::new(memory.try_clone()?)?);
     let protect = || -> Result<WriteProtect> {
         let target = Target::open(pid)?;
         let areas = target
-            .mappings_of(&memory)?
+            .mappings_of(memory)?
             .into_iter()
             .map(|mapping| Area {
                 address: mapping.address,

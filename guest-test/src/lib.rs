@@ -3,7 +3,7 @@
 //! [`Image`](image::Image) makes a kernel and an initramfs whose `/init` is the page-writer (`guest-test/guests`).
 //! [`Guest`](qemu::Guest) runs it in QEMU and collects its ticks and reports with the time each arrived.
 //! [`ticks`] turns those into the blackout that the guest saw. [`native`] is QEMU's own migration, to compare with,
-//! and [`ferry`] is ours, run as the command that users run; [`bench`] measures them side by side. Nothing here calls
+//! and [`ferry`] is ours, run as the command that users run; [`mod@bench`] measures them side by side. Nothing but [`embedded`] calls
 //! the library that it tests.
 
 pub mod accel;

@@ -7,7 +7,7 @@ use alloc::vec::Vec;
 use crate::chunk::{ChunkSize, Layout, RegionDescriptor};
 use crate::coding::{Reader, Writer};
 use crate::error::{DecodeError, ProtocolError};
-use crate::limits::{MAX_ATTRIBUTES, MAX_BODY, MAX_CHUNKS, MAX_NAME, MAX_REGIONS};
+use crate::limits::{MAX_ATTRIBUTES, MAX_BODY, MAX_CHUNKS, MAX_NAME, MAX_REGIONS, MAX_VALUE};
 
 /// A version of the protocol. This enum is its changelog.
 ///
@@ -99,14 +99,14 @@ impl Hello {
             ));
         }
         let regions = self.regions.iter().map(|region| &region.name);
-        let attributes = self
-            .attributes
-            .iter()
-            .flat_map(|(name, value)| [name, value]);
-        for text in regions.chain(attributes).chain([&self.kind]) {
-            if text.len() > MAX_NAME {
+        let names = self.attributes.iter().map(|(name, _)| name);
+        let names = regions.chain(names).chain([&self.kind]);
+        let values = self.attributes.iter().map(|(_, value)| value);
+        let texts = names.map(|name| (name, MAX_NAME));
+        for (text, most) in texts.chain(values.map(|value| (value, MAX_VALUE))) {
+            if text.len() > most {
                 return incompatible(format!(
-                    "the name {text:.32}… has {} bytes; at most {MAX_NAME} can be sent",
+                    "the text {text:.32}… has {} bytes; at most {most} can be sent",
                     text.len()
                 ));
             }
@@ -226,7 +226,7 @@ impl Hello {
         out.put_u16(u16::try_from(self.attributes.len()).expect("limited when it was made"));
         for (name, value) in &self.attributes {
             out.put_text(name, MAX_NAME);
-            out.put_text(value, MAX_NAME);
+            out.put_text(value, MAX_VALUE);
         }
     }
 
@@ -267,7 +267,7 @@ impl Hello {
             return Err(invalid("number of attributes"));
         }
         let attributes = (0..count)
-            .map(|_| Ok((reader.text(MAX_NAME)?, reader.text(MAX_NAME)?)))
+            .map(|_| Ok((reader.text(MAX_NAME)?, reader.text(MAX_VALUE)?)))
             .collect::<Result<_, DecodeError>>()?;
         Ok(Self {
             oldest,

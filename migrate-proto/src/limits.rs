@@ -16,8 +16,12 @@ pub const MAX_WINDOW: u64 = 1 << 30;
 /// The most regions a session may have.
 pub const MAX_REGIONS: usize = 256;
 
-/// The longest name, attribute or kind in bytes.
+/// The longest name or kind in bytes.
 pub const MAX_NAME: usize = 255;
+
+/// The longest value of an attribute in bytes: a guest's list of devices takes hundreds. All of them together have to
+/// fit a body.
+pub const MAX_VALUE: usize = 16 << 10;
 
 /// The longest reason that is carried to the peer in bytes; longer ones are cut.
 pub const MAX_REASON: usize = 1024;

@@ -79,7 +79,7 @@ impl LaneReader {
     ///
     /// # Errors
     /// [`LaneError::Closed`] at the end; any error is final.
-    pub fn next(&mut self) -> Result<(Message, usize), LaneError> {
+    pub fn receive(&mut self) -> Result<(Message, usize), LaneError> {
         let mut header = [0; HEADER_LEN];
         let mut filled = 0;
         while filled < HEADER_LEN {

@@ -307,12 +307,12 @@ mod tests {
                 .send(&Message::Probe, &[b"ab", b"c"])
                 .unwrap();
             let (mut reader, _) = session.bulk[1].split().unwrap();
-            assert_eq!(reader.next().unwrap(), (Message::Probe, 3));
+            assert_eq!(reader.receive().unwrap(), (Message::Probe, 3));
             let mut payload = [0; 3];
             reader.read_exact(&mut payload).unwrap();
             assert_eq!(&payload, b"abc");
             dialed.shut_down();
-            assert!(matches!(reader.next(), Err(LaneError::Closed)));
+            assert!(matches!(reader.receive(), Err(LaneError::Closed)));
         });
     }
 

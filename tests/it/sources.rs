@@ -86,8 +86,7 @@ fn collect(folder: &Path, endings: &[&str], found: &mut Vec<Source>) {
 
 /// Tests come last in a file, in a module of their own.
 fn beginning_of_tests(code: &str) -> usize {
-    code.find("#[cfg(test)]\nmod tests {")
-        .unwrap_or_else(|| code.len())
+    code.find("#[cfg(test)]\nmod tests {").unwrap_or(code.len())
 }
 
 /// Blanks comments, strings and characters; knows raw strings, and that a lifetime is no character.
@@ -96,7 +95,7 @@ fn without_words(text: &str) -> String {
     let mut rest = text;
     while let Some(first) = rest.chars().next() {
         let len = word_len(rest, code.chars().next_back());
-        let (word, more) = rest.split_at(len.unwrap_or(first.len_utf8()));
+        let (word, more) = rest.split_at(len.unwrap_or_else(|| first.len_utf8()));
         if len.is_none() {
             code.push_str(word);
         } else {

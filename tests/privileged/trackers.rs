@@ -38,6 +38,10 @@ pub(crate) fn be_a_scribe(region: &str) -> ! {
     loop {
         let mut head = [0; 16];
         if input.read_exact(&mut head).is_err() {
+            #[allow(
+                clippy::exit,
+                reason = "a scribe is a process of its own, and its work is over"
+            )]
             std::process::exit(0);
         }
         let (offset, count) = head.split_at(8);
@@ -46,8 +50,9 @@ pub(crate) fn be_a_scribe(region: &str) -> ! {
         let mut bytes = vec![0; count];
         input.read_exact(&mut bytes).unwrap();
         assert!(offset + count <= len);
+        let place = memory.wrapping_add(offset);
         // SAFETY: within the mapping, as was just checked.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), memory.add(offset), count) };
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), place, count) };
         output.write_all(b".").unwrap();
         output.flush().unwrap();
     }

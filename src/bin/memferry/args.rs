@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use memferry::migrate::{PostCopy, Verify};
-use memferry::transport::Pairing;
+use memferry::transport::{Pairing, PairingError};
 
 /// Ferries the memory of running virtual machines between Linux hosts while they run.
 #[derive(Debug, Parser)]
@@ -82,6 +82,20 @@ pub(crate) struct Receive {
     pub(crate) patience: Patience,
 }
 
+fn pairing(text: &str) -> Result<Pairing, String> {
+    if text != "-" {
+        return text
+            .parse()
+            .map_err(|error: PairingError| error.to_string());
+    }
+    let mut line = String::new();
+    std::io::stdin()
+        .read_line(&mut line)
+        .map_err(|error| format!("cannot read standard input: {error}"))?;
+    line.parse()
+        .map_err(|error: PairingError| error.to_string())
+}
+
 const SEND_HELP: &str = "\
 The guest keeps running until the last moment; whatever fails before hand-over, it runs on here.
 
@@ -94,8 +108,9 @@ pub(crate) struct Send {
     /// QMP socket of the source QEMU
     #[arg(long, value_name = "SOCKET")]
     pub(crate) qmp: PathBuf,
-    /// The string that `memferry qemu receive` printed
-    #[arg(value_name = "STRING")]
+    /// The string that `memferry qemu receive` printed, or `-` to read it from standard input, where other users of
+    /// this host do not see it
+    #[arg(value_name = "STRING", value_parser = pairing)]
     pub(crate) pairing: Pairing,
     /// The longest standstill to aim at; with post-copy it is met whatever the guest writes
     #[arg(long, value_name = "TIME", default_value = "60ms", value_parser = humantime::parse_duration)]

@@ -179,7 +179,7 @@ impl<'a> Driver<'a> {
     ) -> Result<(), LaneError> {
         let mut buffer = Vec::new();
         loop {
-            let (message, payload) = reader.next()?;
+            let (message, payload) = reader.receive()?;
             buffer.resize(payload, 0);
             reader.read_exact(&mut buffer)?;
             let now = self.clock.now();

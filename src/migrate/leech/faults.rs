@@ -168,7 +168,7 @@ impl<'a> Service<'a> {
     }
 
     fn answer(&mut self) -> Result<(), ReceiveError> {
-        let (message, payload) = match self.reader.next() {
+        let (message, payload) = match self.reader.receive() {
             Err(crate::transport::LaneError::Closed) if self.receiving.monitor.lock().closed => {
                 return Ok(());
             }

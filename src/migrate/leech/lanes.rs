@@ -82,7 +82,7 @@ impl Receiving<'_> {
         let (mut reader, _) = lane.split()?;
         let mut staging = Vec::new();
         loop {
-            let (message, payload) = match reader.next() {
+            let (message, payload) = match reader.receive() {
                 Err(LaneError::Closed) if self.monitor.lock().closed => return Ok(()),
                 next => next?,
             };
@@ -130,9 +130,8 @@ impl Receiving<'_> {
         self.counters
             .wire
             .fetch_add((header + payload) as u64, Ordering::Relaxed);
-        let (parts, direct) = match self.admit(lane, &chunks, payload as u64)? {
-            Some(admitted) => admitted,
-            None => return Ok(reader.skip(payload)?),
+        let Some((parts, direct)) = self.admit(lane, &chunks, payload as u64)? else {
+            return Ok(reader.skip(payload)?);
         };
         let layout = self.layout();
         if direct {

@@ -97,7 +97,7 @@ impl Sending<'_> {
         let (mut reader, mut writer) = lane.split()?;
         let mut frame = Frame::default();
         loop {
-            let (message, payload) = match reader.next() {
+            let (message, payload) = match reader.receive() {
                 Err(LaneError::Closed) if self.monitor.lock().closed => return Ok(()),
                 next => next?,
             };
@@ -194,8 +194,7 @@ impl Frame {
                         format!("cannot read memory region {}: {error}", region.name),
                     )
                 })?;
-            let mut chunk = span.run.start.0;
-            for start in (0..len).step_by(size) {
+            for (chunk, start) in span.run.range().zip((0..len).step_by(size)) {
                 let end = (start + size).min(len);
                 let bytes = &self.buffer[used + start..used + end];
                 if *bytes == ZEROS[..bytes.len()] {
@@ -206,7 +205,6 @@ impl Frame {
                     self.push(ChunkRun::new(chunk, 1), Content::Data);
                     self.part(used + start..used + end);
                 }
-                chunk += 1;
             }
             used += len;
         }

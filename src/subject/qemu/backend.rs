@@ -64,6 +64,28 @@ impl Backend {
         Ok(file)
     }
 
+    /// Names the file, so that no other on any host has the same name: this boot of this host, device and inode.
+    ///
+    /// # Errors
+    /// If it cannot be looked at.
+    pub(super) fn identify(&self, file: &File) -> Result<String, BackendError> {
+        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
+        let identity = boot.and_then(|boot| {
+            let metadata = file.metadata()?;
+            Ok(format!(
+                "{}:{}:{}",
+                boot.trim(),
+                metadata.dev(),
+                metadata.ino()
+            ))
+        });
+        identity.map_err(|source| BackendError::Open {
+            id: self.id.clone(),
+            path: self.path.clone(),
+            source,
+        })
+    }
+
     /// The first mapping of this backend's file.
     fn mapping(&self, pid: u32, maps: &str) -> Option<Mapping> {
         let by_inode = inode_of(&seen_by(pid, &self.path));

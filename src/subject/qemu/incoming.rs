@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::error::{QemuError, Refusal, Refusals};
-use super::machine::{KIND, Machine, QEMU_VERSION, RUN_STATE, RunState, preallocated};
+use super::machine::{FILE, KIND, Machine, QEMU_VERSION, RUN_STATE, RunState, preallocated};
 use super::qmp::Qmp;
 use super::qmp_error::QmpError;
 use super::settings::Settings;
@@ -290,6 +290,19 @@ fn compare(source: &Description, ours: &Description) -> Result<(), String> {
         if name == QEMU_VERSION {
             continue;
         }
+        if name.starts_with(FILE) {
+            // The destination's memory is emptied first, which would be the source's.
+            if ours
+                .attributes
+                .iter()
+                .any(|(n, mine)| n.starts_with(FILE) && mine == theirs)
+            {
+                return Err(format!(
+                    "both QEMUs have the same RAM file ({name}): start the destination with a mem-path of its own"
+                ));
+            }
+            continue;
+        }
         if name == RUN_STATE {
             if !matches!(theirs.as_str(), "running" | "paused") {
                 return Err(format!(
@@ -315,7 +328,7 @@ fn compare(source: &Description, ours: &Description) -> Result<(), String> {
         }
     }
     for (name, mine) in &ours.attributes {
-        if value(source, name).is_none() {
+        if value(source, name).is_none() && !name.starts_with(FILE) {
             return Err(format!(
                 "{name} is {mine:?} here and does not exist at the source: {}",
                 remedy(name)

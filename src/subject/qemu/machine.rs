@@ -12,6 +12,9 @@ use super::qmp_codec::Version;
 use super::status;
 use crate::subject::Description;
 
+/// Attributes with this prefix name the file of a backend, to tell whether both ends have the same one.
+pub(super) const FILE: &str = "file:";
+
 /// The kind that both ends' descriptions name.
 pub(super) const KIND: &str = "qemu";
 
@@ -141,6 +144,13 @@ impl Machine {
         ];
         for backend in &self.backends {
             attributes.push((format!("backend:{}", backend.id), backend.len.to_string()));
+            // What cannot be opened is refused where it is needed.
+            if let Ok(file) = backend
+                .open(self.pid)
+                .and_then(|file| backend.identify(&file))
+            {
+                attributes.push((format!("{FILE}{}", backend.id), file));
+            }
         }
         attributes.push((RUN_STATE.to_owned(), self.run_state.to_string()));
         attributes.push((QEMU_VERSION.to_owned(), self.version.to_string()));

@@ -53,13 +53,13 @@ pub(super) fn source(machine: &Machine, chunk_size: ChunkSize) -> anyhow::Result
             Ok(writes) => (Arc::new(writes), Some(discards)),
             Err(error) => match &target {
                 Ok(target) if alone && let Ok(writes) = ram.soft_dirty(target) => {
-                    remark.get_or_insert(format!(
+                    remark.get_or_insert_with(|| format!(
                         "tracking by soft-dirty bits, which halts QEMU for a moment in every round: {error:#}"
                     ));
                     (Arc::new(writes), Some(discards))
                 }
                 _ => {
-                    remark.get_or_insert(format!(
+                    remark.get_or_insert_with(|| format!(
                         "finding writes by reading all of the memory in every round, which is slow: {error:#}"
                     ));
                     let tracker = Arc::new(Digest::new(file_storage.clone(), chunk_size));
