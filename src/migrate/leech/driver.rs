@@ -420,7 +420,16 @@ impl<'a> Driver<'a> {
                 ),
             });
         }
-        self.discard(&self.layout(monitor), remote)
+        let layout = self.layout(monitor);
+        self.discard(&layout, remote)?;
+        // What is received into place finds out by itself; what comes after hand-over would find out too late.
+        let mut bytes = vec![0; layout.regions().len()];
+        for span in remote.runs().flat_map(|run| layout.spans(run)) {
+            bytes[span.region] += span.len;
+        }
+        self.memory
+            .check_room(&bytes)
+            .map_err(local("cannot hold the rest of the guest's memory"))
     }
 
     fn discard(&self, layout: &Layout, stale: &ChunkBitmap) -> Result<(), LeechCause> {
