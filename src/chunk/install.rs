@@ -59,6 +59,12 @@ pub trait Install: Debug + Send + Sync {
     /// If the range is outside of the region.
     fn digest(&self, region: usize, range: Range<u64>) -> io::Result<u64>;
 
+    /// Looks whether there is room for so many bytes more in each region. For what comes once it is too late to give up.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::StorageFull`] if there is not; else what the medium says.
+    fn check_room(&self, bytes: &[u64]) -> io::Result<()>;
+
     /// From now on an access to an absent page is a fault.
     ///
     /// # Errors

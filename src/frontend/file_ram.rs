@@ -1,10 +1,12 @@
 //! Memory that a program maps from files, such as the RAM of a QEMU guest.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
 use std::sync::{Mutex, PoisonError};
 
 use crate::backend::FileStorage;
@@ -217,6 +219,30 @@ impl Install for FileRam {
                 let part = received.min(range.end - range.start);
                 range.start += part;
                 received -= part;
+            }
+        }
+        Ok(())
+    }
+
+    fn check_room(&self, bytes: &[u64]) -> io::Result<()> {
+        // Regions in files of one file system share its room.
+        let mut wanted = BTreeMap::<u64, (u64, &Region)>::new();
+        for (region, bytes) in self.regions.iter().zip(bytes) {
+            let device = region.storage.file().metadata()?.dev();
+            wanted.entry(device).or_insert((0, region)).0 += bytes;
+        }
+        for (bytes, region) in wanted.into_values() {
+            let file_system = rustix::fs::fstatvfs(region.storage.file())?;
+            let room = file_system.f_bavail.saturating_mul(file_system.f_frsize);
+            // A file system without a size, as that of memfds, has no limit of its own.
+            if file_system.f_blocks > 0 && room < bytes {
+                return Err(io::Error::new(
+                    io::ErrorKind::StorageFull,
+                    format!(
+                        "there is no room for {bytes} bytes in the file system of the guest's RAM, which has {room} left: give it more \
+                         room, or free some"
+                    ),
+                ));
             }
         }
         Ok(())

@@ -61,7 +61,11 @@ fn slow_post_copy() -> Journey {
 
 /// Writes 8 MiB while the first pass is sent.
 fn late_writes(options: &[&str]) -> Journey {
-    let (vm, mut to) = (running(), Vm::destination());
+    late_writes_to(Vm::destination(), options)
+}
+
+fn late_writes_to(mut to: Vm, options: &[&str]) -> Journey {
+    let vm = running();
     write_pages(&vm, MIB, 1);
     let (receive, pairing) = Ferry::receive(&mut to, &[]);
     let send = Ferry::send(&vm, &pairing, options);
@@ -321,6 +325,48 @@ fn a_destination_whose_file_system_is_too_small_says_so_and_the_guest_runs_on() 
     }
 }
 
+#[test]
+#[ignore = "guest: needs qemu-system-x86_64 and root (mounts a small tmpfs)"]
+fn a_destination_without_room_for_what_would_follow_says_so_before_hand_over() {
+    // What follows after hand-over would find no room when it is too late to give up.
+    let small = SmallFileSystem::mount(6);
+    let backend = format!(
+        "memory-backend-file,id=m0,size=64M,share=on,mem-path={}",
+        small.0.path().join("ram").display()
+    );
+    let to = Vm::start(&Options {
+        backend: &backend,
+        more: &["-incoming", "defer", "-S"],
+        ..Options::default()
+    });
+    let mut journey = late_writes_to(to, &["--post-copy=always", "--max-bandwidth=1MB"]);
+    journey.send.ends(1, &["no room", "the guest runs on"]);
+    journey.receive.ends(1, &["no room"]);
+    assert_unharmed(&mut journey.vm);
+    drop(journey);
+}
+
+#[test]
+#[ignore = "guest: needs qemu-system-x86_64"]
+fn a_source_qemu_that_hangs_is_told_and_gets_its_guest_back_when_it_is_back() {
+    let (mut vm, mut to) = (running(), Vm::destination());
+    let (mut receive, pairing) = Ferry::receive(&mut to, &[]);
+    let mut send = Ferry::send(
+        &vm,
+        &pairing,
+        &[&SLOW[..], &["--guest-timeout=1s"]].concat(),
+    );
+    send.well_within("pre-copy");
+    vm.signal(Signal::STOP);
+    let (code, said) = send.leaves();
+    assert_eq!(code, Some(3), "{said}");
+    send.says("could not be resumed");
+    receive.ends(1, &["the guest runs on at the source"]);
+    vm.signal(Signal::CONT);
+    send.says("the guest runs on at the source");
+    assert_unharmed(&mut vm);
+}
+
 /// A file system in memory, gone with this.
 struct SmallFileSystem(tempfile::TempDir);
 
@@ -392,6 +438,7 @@ fn a_guest_whose_receiver_was_killed_in_post_copy_waits_and_the_sender_says_what
             "lost after hand-over",
             "Do not resume",
             "The destination owns the guest",
+            "By hand: ",
         ],
     );
     assert_waits(&journey.to);

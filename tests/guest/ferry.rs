@@ -40,7 +40,7 @@ impl Ferry {
         let mut child = Command::new(env!("CARGO_BIN_EXE_memferry"))
             .arg("qemu")
             .args(arguments)
-            .args(["--json", "--peer-timeout", "3s", "--guest-timeout", "8s"])
+            .args(["--json", "--peer-timeout=3s"])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -161,6 +161,17 @@ impl Ferry {
     /// Waits for its end: the exit code, and what it said on standard error. A watchdog that it leaves behind is part of it.
     #[track_caller]
     pub(crate) fn end(&mut self) -> (Option<i32>, String) {
+        let (code, _) = self.leaves();
+        for thread in self.listening.drain(..) {
+            thread.join().unwrap();
+        }
+        let errors = self.heard.words.lock().unwrap().errors.clone();
+        (code, errors)
+    }
+
+    /// Waits for its end, but not for that of a watchdog: the exit code, and what it had said on standard error.
+    #[track_caller]
+    pub(crate) fn leaves(&mut self) -> (Option<i32>, String) {
         let deadline = Instant::now() + Duration::from_secs(30);
         let status = loop {
             if let Some(status) = self.child.try_wait().unwrap() {
@@ -173,9 +184,6 @@ impl Ferry {
             );
             std::thread::park_timeout(Duration::from_millis(2));
         };
-        for thread in self.listening.drain(..) {
-            thread.join().unwrap();
-        }
         let errors = self.heard.words.lock().unwrap().errors.clone();
         (status.code(), errors)
     }

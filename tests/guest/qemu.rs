@@ -194,6 +194,11 @@ impl Vm {
         }
     }
 
+    pub(crate) fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_raw(i32::try_from(self.pid()).unwrap()).unwrap();
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+
     /// Ends QEMU as a crash would.
     pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();

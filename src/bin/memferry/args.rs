@@ -100,7 +100,8 @@ const SEND_HELP: &str = "\
 The guest keeps running until the last moment; whatever fails before hand-over, it runs on here.
 
 Exit codes: 0 the guest runs at the destination and all of its memory is there (or a dry run ended), 1 nothing was migrated \
-and the guest runs on here, 2 wrong arguments, 3 somebody has to act: the message says what to do, 4 the copies differ.";
+and the guest runs on here, 2 wrong arguments, 3 the connection was lost after hand-over, or the guest could not be made to run \
+on here: the message says what to do, 4 the copies differ.";
 
 #[derive(Debug, Args)]
 #[command(after_help = SEND_HELP)]

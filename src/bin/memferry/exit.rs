@@ -42,7 +42,7 @@ fn code(error: &anyhow::Error) -> u8 {
         error.downcast_ref::<LeechError>(),
     ) {
         (
-            Some(SeedError::Lost { .. } | SeedError::Stuck { .. } | SeedError::Unverified { .. }),
+            Some(SeedError::Lost { .. } | SeedError::Unverified { .. } | SeedError::Stuck { .. }),
             _,
         )
         | (
@@ -58,7 +58,25 @@ fn code(error: &anyhow::Error) -> u8 {
     }
 }
 
-/// The error and its causes, each once: some say their cause themselves.
+/// What an operator can do with a QEMU that was left in such a state.
+fn by_hand(error: &anyhow::Error) -> Option<&'static str> {
+    match (error.downcast_ref(), error.downcast_ref()) {
+        (Some(SeedError::Lost { .. }), _) => Some(
+            "QEMU keeps the guest here stopped (`query-status` says postmigrate); `cont` on its QMP socket would let it run here as it \
+             was at hand-over",
+        ),
+        (_, Some(LeechError::Lost { .. })) => Some(
+            "what is missing is in the RAM file of the source QEMU. To give this copy up, end this QEMU first, and then let the source \
+             run with `cont` on its QMP socket",
+        ),
+        (_, Some(LeechError::Undecided { .. } | LeechError::NotRunning { .. })) => {
+            Some("`cont` on this QEMU's QMP socket lets the guest run here; never on both sides")
+        }
+        _ => None,
+    }
+}
+
+/// The error and its causes, each once: some say their cause themselves. Then what can be done.
 fn message(error: &anyhow::Error) -> String {
     let mut message = error.to_string();
     for cause in error.chain().skip(1) {
@@ -67,6 +85,10 @@ fn message(error: &anyhow::Error) -> String {
             message.push_str(": ");
             message.push_str(&cause);
         }
+    }
+    if let Some(by_hand) = by_hand(error) {
+        message.push_str(". By hand: ");
+        message.push_str(by_hand);
     }
     message
 }

@@ -423,12 +423,17 @@ impl<'a> Driver<'a> {
             serve_faults();
         }
         let layout = self.layout(monitor);
+        let mut bytes = vec![0; layout.regions().len()];
         for span in remote.runs().flat_map(|run| layout.spans(run)) {
+            bytes[span.region] += span.len;
             self.memory
                 .discard(span.region, span.offset..span.offset + span.len)
                 .map_err(local("cannot drop stale pages"))?;
         }
-        Ok(())
+        // What is received into place finds out by itself; what comes after hand-over would find out too late.
+        self.memory
+            .check_room(&bytes)
+            .map_err(local("cannot hold the rest of the guest's memory"))
     }
 
     fn send_digests(

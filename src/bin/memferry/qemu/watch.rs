@@ -51,6 +51,8 @@ pub(super) struct Watchdog {
     child: Child,
     /// `None` once it is closed.
     input: Option<ChildStdin>,
+    /// It has something to do when the input is closed.
+    charged: bool,
 }
 
 impl Watchdog {
@@ -66,7 +68,11 @@ impl Watchdog {
             .process_group(0)
             .spawn()?;
         let input = child.stdin.take();
-        Ok(Self { child, input })
+        Ok(Self {
+            child,
+            input,
+            charged: false,
+        })
     }
 }
 
@@ -83,6 +89,7 @@ impl Executor for Watchdog {
             // What it was told before must not be done: after a release the guest would run twice.
             let _ = self.child.kill();
         }
+        self.charged = noted.is_ok() && will.is_some();
         noted
     }
 }
@@ -90,6 +97,9 @@ impl Executor for Watchdog {
 impl Drop for Watchdog {
     fn drop(&mut self) {
         self.input = None;
-        let _ = self.child.wait();
+        // A guest that could not be given back is left to it: it tries for longer than a user wants to wait for us.
+        if !self.charged {
+            let _ = self.child.wait();
+        }
     }
 }
