@@ -18,6 +18,7 @@ mod clock;
 mod leech;
 mod monitor;
 mod options;
+mod priority;
 mod progress;
 mod seed;
 

@@ -20,6 +20,7 @@ use crate::migrate::cancel::Cancel;
 use crate::migrate::clock::{Clock, micros};
 use crate::migrate::monitor::Monitor;
 use crate::migrate::options::LeechOptions;
+use crate::migrate::priority::go_first;
 use crate::migrate::progress::{LeechReport, Phase, Progress, Rate, Reporter, Side, Verdict};
 use crate::subject::{Description, Incoming, SubjectError};
 use crate::transport::{LaneError, LaneReader, LaneWriter, Session};
@@ -160,6 +161,7 @@ impl<'a> Driver<'a> {
         mut reader: LaneReader,
         state: &IncomingState,
     ) {
+        go_first();
         if let Err(error) = self.try_read_control(monitor, &mut reader, state) {
             let code = match error {
                 LaneError::Decode(_) => AbortCode::Protocol,
@@ -199,6 +201,7 @@ impl<'a> Driver<'a> {
     }
 
     fn write_control(&self, monitor: &Monitor<Leecher>, writer: &Mutex<LaneWriter>) {
+        go_first();
         let sent = monitor.send_messages(writer, |writer, message| {
             writer.send(message, &[]).map(drop)
         });

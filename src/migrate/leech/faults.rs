@@ -14,6 +14,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::lanes::{ReceiveError, Receiving};
 use crate::chunk::Place;
+use crate::migrate::priority::go_first;
 use crate::transport::{Lane, LaneWriter};
 
 /// How long the thread sleeps at most: a fetch that has to be repeated is noticed then, and the end of the session.
@@ -59,6 +60,7 @@ impl FaultCounters {
 
 /// Serves faults until the session is over.
 pub(super) fn serve_faults(receiving: &Receiving<'_>, counters: &FaultCounters, lane: &Lane) {
+    go_first();
     let served = Service::new(receiving, counters, lane).and_then(Service::serve);
     if let Err(error) = served {
         receiving.broke(&error);

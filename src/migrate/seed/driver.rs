@@ -26,6 +26,7 @@ use crate::migrate::cancel::Cancel;
 use crate::migrate::clock::{Clock, duration, micros};
 use crate::migrate::monitor::Monitor;
 use crate::migrate::options::SeedOptions;
+use crate::migrate::priority::go_first;
 use crate::migrate::progress::{Phase, Progress, Rate, Reporter, SeedReport, Side, Verdict};
 use crate::subject::{Outgoing, SubjectError};
 use crate::transport::{LaneError, LaneReader, LaneWriter, Session};
@@ -172,6 +173,7 @@ impl<'a> Driver<'a> {
     }
 
     fn read_control(&self, monitor: &Monitor<Seeder>, mut reader: LaneReader) {
+        go_first();
         if let Err(error) = self.try_read_control(monitor, &mut reader) {
             monitor.tell(|seeder| {
                 seeder.abort(
@@ -214,6 +216,7 @@ impl<'a> Driver<'a> {
     }
 
     fn write_control(&self, monitor: &Monitor<Seeder>, writer: &Mutex<LaneWriter>) {
+        go_first();
         let sent = monitor.send_messages(writer, |writer, message| {
             if let Message::Release { .. } = message {
                 monitor.wake_driver();

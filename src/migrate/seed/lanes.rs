@@ -13,6 +13,7 @@ use migrate_proto::{
 use super::SourceRegion;
 use crate::migrate::clock::Clock;
 use crate::migrate::monitor::Monitor;
+use crate::migrate::priority::go_first;
 use crate::migrate::progress::Traffic;
 use crate::transport::{Lane, LaneError, LaneWriter};
 
@@ -86,6 +87,7 @@ impl Sending<'_> {
 
     /// Answers fetches on the urgent lane, on the thread that reads them: no other has to wake up for a fault.
     pub(super) fn serve_urgent(&self, lane: &Lane) {
+        go_first();
         match self.try_serve_urgent(lane) {
             Ok(()) => {}
             Err(LaneError::Io(error)) => self.broke("the urgent lane", &error),
