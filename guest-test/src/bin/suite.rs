@@ -173,6 +173,11 @@ fn steps() -> Vec<Step> {
                 "1",
             ])])
         }),
+        step("the demo without QEMU", |_| Ok(vec![demo(&["--embedded"])])),
+        step("the demo", |_| {
+            packages::ensure(&[packages::QEMU]).map_err(|reason| format!("{reason:#}"))?;
+            Ok(vec![demo(&[])])
+        }),
         Step {
             judge: Some(ends_with_goals),
             ..step("a quick benchmark", |_| {
@@ -185,6 +190,19 @@ fn steps() -> Vec<Step> {
             })
         },
     ]
+}
+
+fn demo(arguments: &[&str]) -> Command {
+    let demo = [
+        "run",
+        "--release",
+        "-p",
+        "guest-test",
+        "--bin",
+        "demo",
+        "--",
+    ];
+    cargo(&[&demo[..], arguments].concat())
 }
 
 /// Whether a suite of benchmarks measured something and said how that compares with its goals. Whether they are met is
