@@ -438,6 +438,21 @@ mod tests {
         check(&[], &[("backend:m1", "4096")], Err("backend:m1"));
     }
 
+    /// The destination's memory is emptied before anything is copied: with one file that would be the source's.
+    #[test]
+    fn two_ends_that_share_a_ram_file_are_refused() {
+        let file = |inode| format!("4f7c2a10-0000-4000-8000-000000000000:27:{inode}");
+        let (one, other) = (file(5), file(6));
+        check(
+            &[("file:m0", &one)],
+            &[("file:m1", &one)],
+            Err("both QEMUs have the same RAM file"),
+        );
+        check(&[("file:m0", &one)], &[("file:m0", &other)], Ok(()));
+        check(&[("file:m0", &one)], &[], Ok(()));
+        check(&[], &[("file:m0", &other)], Ok(()));
+    }
+
     #[test]
     fn another_qemu_version_is_fine() {
         check(
