@@ -144,8 +144,9 @@ impl FileRam {
                 skipped += installed.done;
                 addresses.start += installed.done;
                 match installed.stopped {
+                    None => {}
                     // The program changes its mappings; the fault loop reads the events meanwhile.
-                    None | Some(Stop::Changing) => std::thread::yield_now(),
+                    Some(Stop::Changing) => std::thread::yield_now(),
                     // Nobody can look there any more.
                     Some(Stop::Unmapped | Stop::Exited) => break,
                     Some(Stop::NoRoom) => {

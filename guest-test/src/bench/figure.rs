@@ -10,6 +10,7 @@ pub(super) struct Sample {
     pub(super) stall: f64,
     pub(super) before: f64,
     pub(super) wire: f64,
+    pub(super) written: f64,
     pub(super) cpu: f64,
     pub(super) cpu_outside: f64,
     pub(super) cpu_send: Option<f64>,
@@ -32,7 +33,7 @@ pub(super) struct Figure {
 }
 
 /// All of them, in the order of the table.
-pub(super) const ALL: [Figure; 13] = [
+pub(super) const ALL: [Figure; 14] = [
     figure("total_ms", "total, ms", 0, |sample| Some(sample.total)),
     figure("session_ms", "  by the sender's report, ms", 0, |sample| {
         sample.session
@@ -54,6 +55,12 @@ pub(super) const ALL: [Figure; 13] = [
         "longest stall, 1 s before, ms",
         1,
         |sample| Some(sample.before),
+    ),
+    figure(
+        "guest_writes_mb_s",
+        "guest really writes, MB/s",
+        0,
+        |sample| Some(sample.written),
     ),
     figure("wire_mib", "on the wire, MiB", 1, |sample| {
         Some(sample.wire)

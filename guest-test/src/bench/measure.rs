@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use super::figure::Sample;
+use super::figure::{Sample, Spread};
 use super::{Mode, QemuMemory, Verification};
 use crate::ferry;
 use crate::native::{self, NotInTime, Wish};
@@ -71,6 +71,7 @@ pub(super) fn measure(setup: &Setup, mode: Mode) -> Result<Sample, Failure> {
 
 fn by_memferry(setup: &Setup) -> Result<Sample> {
     let (source, destination) = pair(&setup.config, true)?;
+    let written = write_rate(&source);
     let verify = match setup.verify {
         Verification::Off => "--verify=off",
         Verification::Before => "--verify=before",
@@ -102,6 +103,7 @@ fn by_memferry(setup: &Setup) -> Result<Sample> {
         total: milliseconds(report.complete),
         session: sent["total"].as_f64().map(|seconds| seconds * 1e3),
         wall: milliseconds(report.total),
+        written,
         wire: bytes(&sent["traffic"]["wire_bytes"]).context("a report without traffic")?
             + bytes(&sent["state_bytes"]).unwrap_or(0.0),
         cpu: cpu.as_secs_f64(),
@@ -121,6 +123,7 @@ fn by_qemu(setup: &Setup, mode: native::Mode) -> Result<Sample> {
         ..setup.config.clone()
     };
     let (source, destination) = pair(&config, false)?;
+    let written = write_rate(&source);
     let wish = Wish {
         mode,
         downtime: setup.downtime,
@@ -132,6 +135,7 @@ fn by_qemu(setup: &Setup, mode: native::Mode) -> Result<Sample> {
     Ok(Sample {
         total: milliseconds(report.total),
         wall: milliseconds(report.total),
+        written,
         wire: mib(report.wire),
         cpu: report.cpu.as_secs_f64(),
         cpu_outside: report.cpu.saturating_sub(report.vcpu).as_secs_f64(),
@@ -155,6 +159,14 @@ fn pair(config: &GuestConfig, paused: bool) -> Result<(Guest, Guest)> {
         })
         .map_err(|reason| source.explain(reason, "the guest does not report"))?;
     Ok((source, destination))
+}
+
+/// What the guest writes by its own account, in MB a second: an emulated one does not come up to every rate.
+fn write_rate(guest: &Guest) -> f64 {
+    let reports = guest.reports().all();
+    let statuses = reports.iter().filter_map(Report::status).skip(1); // it begins with the first
+    let rates = statuses.map(|status| megabytes(status.rate));
+    Spread::of(rates).map_or(0.0, |spread| spread.median)
 }
 
 /// The same guest, only there, and all of its memory as it has to be: a pass that began after it arrived.
@@ -185,6 +197,11 @@ fn of(passage: &Passage) -> Sample {
 
 fn milliseconds(span: Duration) -> f64 {
     span.as_secs_f64() * 1e3
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a figure to read")]
+fn megabytes(bytes: u64) -> f64 {
+    bytes as f64 / 1e6
 }
 
 #[expect(

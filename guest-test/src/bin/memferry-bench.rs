@@ -3,14 +3,13 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Result;
 use clap::{Parser, Subcommand};
 use guest_test::bench::{self, Outcome};
 use guest_test::interrupt;
 
 /// Measures Memferry side by side with what it has to beat, on this machine.
 #[derive(Debug, Parser)]
-#[command(name = "memferry bench", version)]
+#[command(name = "memferry bench", bin_name = "memferry bench", version)]
 struct Arguments {
     /// The `memferry` to measure, in place of one built from this source
     #[arg(long, value_name = "PATH")]
@@ -26,24 +25,22 @@ enum Suite {
     /// Prints a table with the median and the spread of every figure, then one JSON line a goal. All times are those of
     /// one machine that runs both QEMUs, both memferrys and this program.
     ///
-    /// Exit codes: 0 it was measured, 1 a migration by memferry failed or damaged the guest, or a goal is not met and
-    /// --require-goals was given, 2 wrong arguments, 130 interrupted.
+    /// Exit codes: 0 it was measured, 1 it could not be measured, or a migration by memferry failed or damaged the guest,
+    /// or a goal is not met and --require-goals was given, 2 wrong arguments, 130 interrupted.
     Qemu(bench::Options),
 }
 
-fn main() -> Result<ExitCode> {
+fn main() -> ExitCode {
     let Arguments { memferry, suite } = Arguments::parse();
-    interrupt::handle()?;
-    let result = match suite {
+    let result = interrupt::handle().and_then(|()| match suite {
         Suite::Qemu(options) => bench::run(&options, memferry),
-    };
+    });
     match result {
-        Err(reason) if interrupt::requested() => {
+        Ok(Outcome::Measured) => ExitCode::SUCCESS,
+        Ok(Outcome::GoalsMissed | Outcome::Failed) => ExitCode::FAILURE,
+        Err(reason) => {
             eprintln!("memferry bench: {reason:#}");
-            Ok(ExitCode::from(130))
+            ExitCode::from(if interrupt::requested() { 130 } else { 1 })
         }
-        Err(reason) => Err(reason),
-        Ok(Outcome::Measured) => Ok(ExitCode::SUCCESS),
-        Ok(Outcome::GoalsMissed | Outcome::Failed) => Ok(ExitCode::FAILURE),
     }
 }
