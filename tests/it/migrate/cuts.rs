@@ -181,16 +181,19 @@ fn a_cut_in_the_handshake_of_any_lane_leaves_the_source_running() {
 
 #[test]
 fn garbage_on_any_lane_never_makes_two_owners() {
-    for lane in [CONTROL, URGENT, 1] {
-        for way in [Way::ToDestination, Way::ToSource] {
-            for byte in [0, 0xff] {
-                let mut plan = plan(PostCopy::Always);
-                // Zeros may be an endless frame that is never whole.
-                plan = plan.silence(Duration::from_secs(2));
-                break_everywhere(lane, way, Act::Garble(byte), &plan, |len| evenly(len, 6));
+    // Zeros may be an endless frame that is never whole.
+    let plan = &plan(PostCopy::Always).silence(Duration::from_secs(2));
+    std::thread::scope(|scope| {
+        for lane in [CONTROL, URGENT, 1] {
+            for way in [Way::ToDestination, Way::ToSource] {
+                for byte in [0, 0xff] {
+                    scope.spawn(move || {
+                        break_everywhere(lane, way, Act::Garble(byte), plan, |len| evenly(len, 6));
+                    });
+                }
             }
         }
-    }
+    });
 }
 
 #[test]
