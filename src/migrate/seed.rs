@@ -70,7 +70,7 @@ pub enum SeedError {
     /// Ownership never passed, but the subject could not be made to run again.
     #[error(
         "the migration was given up ({cause}), and the guest at the source could not be resumed: {resume}; \
-         it is suspended and complete here, resume it by hand"
+         if it still exists it is suspended and complete here, and can be resumed by hand"
     )]
     Stuck {
         /// Why the migration ended.

@@ -75,10 +75,21 @@ fn settled(source: &Source, destination: &Destination, run: &Run) -> End {
 
 /// Cuts `lane` at the bytes that `points` makes of the length of an unharmed stream.
 fn cut_everywhere(lane: u8, way: Way, post_copy: PostCopy, points: fn(u64) -> Vec<u64>) {
+    let ends = break_everywhere(lane, way, Act::Cut, &plan(post_copy), points);
+    assert!(ends.contains(&End::Aborted), "{ends:?}");
+}
+
+fn break_everywhere(
+    lane: u8,
+    way: Way,
+    act: Act,
+    plan: &Plan,
+    points: fn(u64) -> Vec<u64>,
+) -> Vec<End> {
+    let plan = plan.clone();
     within(Duration::from_secs(90), move || {
         let source = Source::new(&[LEN]);
         let destination = Destination::of(&source);
-        let plan = plan(post_copy);
         let count = Plan {
             count: true,
             ..plan.clone()
@@ -88,12 +99,7 @@ fn cut_everywhere(lane: u8, way: Way, post_copy: PostCopy, points: fn(u64) -> Ve
         let passed = run.proxy.unwrap().passed(lane, way);
         let mut ends = Vec::new();
         for at in points(passed) {
-            let trap = Trap {
-                lane,
-                way,
-                at,
-                act: Act::Cut,
-            };
+            let trap = Trap { lane, way, at, act };
             let source = Source::new(&[LEN]);
             let destination = Destination::of(&source);
             let run = migrate(&source, &destination, &plan.clone().trap(trap));
@@ -102,8 +108,8 @@ fn cut_everywhere(lane: u8, way: Way, post_copy: PostCopy, points: fn(u64) -> Ve
             println!("{lane} {way:?} {at} of {passed}: {end:?} in {:?}", run.took);
             ends.push(end);
         }
-        assert!(ends.contains(&End::Aborted) || lane != CONTROL, "{ends:?}");
-    });
+        ends
+    })
 }
 
 /// `count` points from the first byte to the last.
@@ -171,4 +177,39 @@ fn a_cut_in_the_handshake_of_any_lane_leaves_the_source_running() {
             cut_everywhere(lane, way, PostCopy::Auto, |_| vec![0, 3, 25, 53]);
         }
     }
+}
+
+#[test]
+fn garbage_on_any_lane_never_makes_two_owners() {
+    // Zeros may be an endless frame that is never whole.
+    let plan = &plan(PostCopy::Always).silence(Duration::from_secs(2));
+    std::thread::scope(|scope| {
+        for lane in [CONTROL, URGENT, 1] {
+            for way in [Way::ToDestination, Way::ToSource] {
+                for byte in [0, 0xff] {
+                    scope.spawn(move || {
+                        break_everywhere(lane, way, Act::Garble(byte), plan, |len| evenly(len, 6));
+                    });
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn silence_at_any_point_ends_in_time_and_never_makes_two_owners() {
+    let plan = &plan(PostCopy::Always).silence(Duration::from_millis(600));
+    std::thread::scope(|scope| {
+        for lane in [CONTROL, URGENT, 1] {
+            for way in [Way::ToDestination, Way::ToSource] {
+                scope.spawn(move || {
+                    // In the handshake the source waits for as long as it has to connect.
+                    break_everywhere(lane, way, Act::Stall, plan, |len| match len {
+                        ..100 => vec![9],
+                        len => (1..6).map(|point| len * point / 6).collect(),
+                    });
+                });
+            }
+        }
+    });
 }

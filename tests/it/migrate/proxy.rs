@@ -26,6 +26,8 @@ pub(crate) enum Act {
     Stall,
     /// A bit of the byte is turned.
     Flip,
+    /// From there on every byte of this direction is this one.
+    Garble(u8),
 }
 
 /// Does `act` when byte `at` (from 0, the preface counts) passes on `lane`.
@@ -146,6 +148,7 @@ impl Shared {
         let mut buffer = vec![0; 64 << 10];
         buffer[..first.len()].copy_from_slice(first);
         let (mut filled, mut passed) = (first.len(), 0_u64);
+        let mut garbage = None;
         loop {
             let mut bytes = filled;
             let trap = self.trap.filter(|trap| {
@@ -157,6 +160,10 @@ impl Shared {
                 let at = usize::try_from(trap.at - passed).unwrap();
                 match trap.act {
                     Act::Flip => buffer[at] ^= 0x10,
+                    Act::Garble(byte) => {
+                        garbage = Some(byte);
+                        buffer[at..filled].fill(byte);
+                    }
                     Act::Cut | Act::Stall => bytes = at,
                 }
             }
@@ -191,7 +198,12 @@ impl Shared {
                     let _ = to.shutdown(Shutdown::Write);
                     return;
                 }
-                Ok(read) => filled = read,
+                Ok(read) => {
+                    filled = read;
+                    if let Some(byte) = garbage {
+                        buffer[..filled].fill(byte);
+                    }
+                }
             }
         }
     }

@@ -11,7 +11,7 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use memferry::subject::qemu::{Executor, LastWill, Qmp};
+use memferry::subject::qemu::{Executor, LastWill, Qmp, QmpError};
 
 use crate::args::Watch;
 
@@ -33,15 +33,18 @@ pub(crate) fn run(args: &Watch) -> anyhow::Result<()> {
         return Ok(());
     };
     let deadline = Instant::now() + PATIENCE;
-    // The sender's connection is closed as it dies, and QEMU greets the next one then.
-    Qmp::connect(&args.qmp, deadline)
-        .map_err(Into::into)
-        .and_then(|mut qmp| will.execute(&mut qmp, deadline))
-        .context(
-            "the sender has died, and the guest could not be given back: it may stand still here. If the destination does not run it, \
-             `migrate_cancel` and then `cont` on its QMP socket let it run",
-        )?;
-    eprintln!("memferry: the sender has died before hand-over; the guest runs on at the source");
+    // The sender's connection is closed as it ends, and QEMU greets the next one then.
+    let given_back = match Qmp::connect(&args.qmp, deadline) {
+        // Nobody listens any more: the guest has ended with its QEMU.
+        Err(QmpError::Connect { .. }) => return Ok(()),
+        Err(error) => Err(error.into()),
+        Ok(mut qmp) => will.execute(&mut qmp, deadline),
+    };
+    given_back.context(
+        "the sender has ended, and the guest could not be given back: it may stand still here. If the destination does not run it, \
+         `migrate_cancel` and then `cont` on its QMP socket let it run",
+    )?;
+    eprintln!("memferry: the sender has ended before hand-over; the guest runs on at the source");
     Ok(())
 }
 
