@@ -35,7 +35,7 @@ use crate::transport::{LaneError, LaneReader, LaneWriter, Session};
 const TICK: Duration = Duration::from_millis(100);
 
 /// Chunks of a frame: large enough that a frame's cost does not matter, small enough for the second-level cache.
-const BATCH: u32 = 256 << 10;
+const BATCH: u32 = 512 << 10;
 
 /// What suspending, the device state and resuming are assumed to take before anything was measured.
 const FIXED_BLACKOUT: Micros = Micros::from_millis(25);
