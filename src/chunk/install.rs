@@ -16,7 +16,7 @@ pub struct Place {
 
 /// The memory of a destination: several regions that chunks are put into.
 ///
-/// It has two lives. At first nobody looks at it, and bytes are received straight into place. After
+/// It has two lives. At first nobody looks at it, and bytes are written in place. After
 /// [`arm`](Self::arm) the subject may look at any time: an access to an absent page is a fault, which waits until the
 /// page is installed; a page is installed whole, and one that is present is never overwritten.
 pub trait Install: Debug + Send + Sync {
@@ -41,23 +41,12 @@ pub trait Install: Debug + Send + Sync {
     /// What the medium says.
     fn discard(&self, region: usize, range: Range<u64>) -> io::Result<()>;
 
-    /// Receives from `socket` into `ranges` of a region, in order, until they are full. Not after `arm`. Blocks.
+    /// Puts `data` at `place`, over whatever is there. Not after `arm`: a page would be seen before all of it is there.
     ///
     /// # Errors
-    /// [`io::ErrorKind::StorageFull`] if there is no room for the pages; [`io::ErrorKind::UnexpectedEof`] if the peer
-    /// closed; else what the socket says.
-    fn receive(
-        &self,
-        region: usize,
-        ranges: &[Range<u64>],
-        socket: BorrowedFd<'_>,
-    ) -> io::Result<()>;
-
-    /// The XXH3-64 digest of `range` as it is in memory; allocates what is absent in it.
-    ///
-    /// # Errors
-    /// If the range is outside of the region.
-    fn digest(&self, region: usize, range: Range<u64>) -> io::Result<u64>;
+    /// [`io::ErrorKind::StorageFull`] if there is no room for the pages; [`io::ErrorKind::UnexpectedEof`] beyond the
+    /// region.
+    fn write(&self, place: Place, data: &[u8]) -> io::Result<()>;
 
     /// Looks whether there is room for so many bytes more in each region. For what comes once it is too late to give up.
     ///

@@ -11,7 +11,7 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::backend::FileStorage;
 use crate::chunk::{Install, Place, Storage};
-use crate::sys::mapping::{Mapping, page_size};
+use crate::sys::mapping::page_size;
 use crate::sys::uffd::{Event, Installed, Mode, Stop, Uffd};
 
 /// Where the program has a part of a region mapped.
@@ -47,16 +47,10 @@ impl fmt::Debug for Watch {
 /// The files of a program's memory, as something that chunks are installed into.
 #[derive(Debug)]
 pub struct FileRam {
-    regions: Vec<Region>,
+    regions: Vec<FileStorage>,
     areas: Vec<FaultArea>,
     uffd: Option<Uffd>,
     release: Mutex<Release>,
-}
-
-#[derive(Debug)]
-struct Region {
-    storage: FileStorage,
-    mapping: Mapping,
 }
 
 /// What is left to be undone.
@@ -79,15 +73,11 @@ impl FileRam {
     /// The regions that these files hold, in this order; with `watch` absent pages can fault.
     ///
     /// # Errors
-    /// If a file cannot be mapped.
+    /// If one of them has no bytes at positions.
     pub fn new(files: Vec<File>, watch: Option<Watch>) -> io::Result<Self> {
         let regions = files
             .into_iter()
-            .map(|file| {
-                let storage = FileStorage::new(file.try_clone()?)?;
-                let mapping = Mapping::new(file, storage.len())?;
-                Ok(Region { storage, mapping })
-            })
+            .map(FileStorage::new)
             .collect::<io::Result<_>>()?;
         let (uffd, areas, release) = match watch {
             Some(watch) => (Some(watch.uffd), watch.areas, Some(watch.release)),
@@ -169,10 +159,7 @@ fn whole_pages(len: u64) -> u64 {
 
 impl Install for FileRam {
     fn lens(&self) -> Vec<u64> {
-        self.regions
-            .iter()
-            .map(|region| region.storage.len())
-            .collect()
+        self.regions.iter().map(Storage::len).collect()
     }
 
     fn page_size(&self) -> u64 {
@@ -185,55 +172,28 @@ impl Install for FileRam {
 
     fn clear(&self) -> io::Result<()> {
         for region in &self.regions {
-            region.storage.punch(0..region.storage.len())?;
+            region.punch(0..region.len())?;
         }
         Ok(())
     }
 
     fn discard(&self, region: usize, range: Range<u64>) -> io::Result<()> {
-        self.regions[region].storage.punch(range)
+        self.regions[region].punch(range)
     }
 
-    fn receive(
-        &self,
-        region: usize,
-        ranges: &[Range<u64>],
-        socket: BorrowedFd<'_>,
-    ) -> io::Result<()> {
-        let mapping = &self.regions[region].mapping;
-        for range in ranges {
-            // One call for the whole range costs less than a fault a page, and says when there is no room.
-            mapping.populate(range.clone())?;
-        }
-        let mut left = ranges.to_vec();
-        let mut rest = left.as_mut_slice();
-        while let Some(first) = rest.first() {
-            if first.is_empty() {
-                rest = &mut rest[1..];
-                continue;
-            }
-            let mut received = mapping.read_vectored_from(socket, rest)? as u64;
-            if received == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            for range in rest.iter_mut() {
-                let part = received.min(range.end - range.start);
-                range.start += part;
-                received -= part;
-            }
-        }
-        Ok(())
+    fn write(&self, place: Place, data: &[u8]) -> io::Result<()> {
+        self.regions[place.region].write_all_at(data, place.offset)
     }
 
     fn check_room(&self, bytes: &[u64]) -> io::Result<()> {
         // Regions in files of one file system share its room.
-        let mut wanted = BTreeMap::<u64, (u64, &Region)>::new();
+        let mut wanted = BTreeMap::<u64, (u64, &FileStorage)>::new();
         for (region, bytes) in self.regions.iter().zip(bytes) {
-            let device = region.storage.file().metadata()?.dev();
+            let device = region.file().metadata()?.dev();
             wanted.entry(device).or_insert((0, region)).0 += bytes;
         }
         for (bytes, region) in wanted.into_values() {
-            let file_system = rustix::fs::fstatvfs(region.storage.file())?;
+            let file_system = rustix::fs::fstatvfs(region.file())?;
             let room = file_system.f_bavail.saturating_mul(file_system.f_frsize);
             // A file system without a size, as that of memfds, has no limit of its own.
             if file_system.f_blocks > 0 && room < bytes {
@@ -247,10 +207,6 @@ impl Install for FileRam {
             }
         }
         Ok(())
-    }
-
-    fn digest(&self, region: usize, range: Range<u64>) -> io::Result<u64> {
-        self.regions[region].mapping.digest(range)
     }
 
     fn arm(&self) -> io::Result<()> {

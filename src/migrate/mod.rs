@@ -8,7 +8,7 @@
 //!    driver: events, suspend, save                 driver: events, load, resume
 //!    control reader, control writer   ◄─────►      control reader, control writer
 //!    urgent: fetch → chunk            ◄─────►      faults: uffd → fetch, chunk → install
-//!    bulk × n: read, hash, send       ──────►      bulk × n: receive into place, hash
+//!    bulk × n: read, hash, send       ──────►      bulk × n: receive, hash, write
 //! ```
 //!
 //! Each thread locks the state machine for a decision, never while it reads, hashes, sends or waits.

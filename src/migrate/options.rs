@@ -44,8 +44,7 @@ impl Default for SeedOptions {
 /// What the receiving side chooses.
 #[derive(Debug, Clone)]
 pub struct LeechOptions {
-    /// How many bytes of chunks may be in flight at once. They are received into place, so this costs no memory here;
-    /// it bounds what is read for nothing when a migration is aborted. The default fills 10 Gbit/s at 50 ms.
+    /// How many bytes of chunks may be in flight at once. They wait in sockets and not here; it bounds what is read for nothing when a migration is aborted. The default fills 10 Gbit/s at 50 ms.
     pub window: u64,
     /// The longest time that the peer may be silent.
     pub silence: Duration,

@@ -433,7 +433,7 @@ impl<'a> Driver<'a> {
                 .discard(span.region, span.offset..span.offset + span.len)
                 .map_err(local("cannot drop stale pages"))?;
         }
-        // What is received into place finds out by itself; what comes after hand-over would find out too late.
+        // What comes before finds out when it is written; what comes after hand-over would find out too late.
         self.memory
             .check_room(&bytes)
             .map_err(local("cannot hold the rest of the guest's memory"))

@@ -1,15 +1,13 @@
 //! The threads that receive chunks.
 
 use std::io;
-use std::ops::Range;
-use std::os::fd::AsFd;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use migrate_proto::leecher::{Admission, Part, reserve};
+use migrate_proto::leecher::{Admission, Part};
 use migrate_proto::{
-    AbortCode, Chunks, Content, Layout, Leecher, Message, ProtocolError, Span, chunk_digest,
+    AbortCode, Chunks, Content, Layout, Leecher, Message, ProtocolError, chunk_digest,
 };
 
 use crate::chunk::{Install, Place};
@@ -134,13 +132,12 @@ impl Receiving<'_> {
             return Ok(reader.skip(payload)?);
         };
         let layout = self.layout();
-        if direct {
-            self.receive_in_place(layout, &chunks, &parts, reader)?;
-        } else {
-            staging.resize(payload, 0);
-            reader.read_exact(staging)?;
-            self.install(layout, &chunks, &parts, staging)?;
-        }
+        // Through a buffer that stays in the cache, so that no byte gets into memory before its checksum is right, and no
+        // page has to be cleared only to be overwritten (docs/decisions/0009).
+        staging.resize(payload.max(staging.len()), 0);
+        let payload = &mut staging[..payload];
+        reader.read_exact(payload)?;
+        self.install(layout, &chunks, &parts, direct, payload)?;
         self.count(layout, &parts);
         let mut state = self.monitor.lock();
         state.machine.handle_installed(lane, &chunks, &parts);
@@ -198,92 +195,14 @@ impl Receiving<'_> {
         }
     }
 
-    /// From the socket into place, since nobody else looks; what is not wanted is skipped.
-    fn receive_in_place(
-        &self,
-        layout: &Layout,
-        chunks: &Chunks,
-        parts: &[Part],
-        reader: &mut LaneReader,
-    ) -> Result<(), ReceiveError> {
-        let mut digests = chunks.digests.iter();
-        // Runs of wanted data in one region that follow each other in the payload are received by one call.
-        let mut pending: Vec<Span> = Vec::new();
-        for part in parts {
-            let spans = layout.spans(part.run);
-            match part.content {
-                Content::Zero if part.install => {
-                    for span in spans {
-                        // In the first pass nothing is there yet.
-                        if chunks.round > 0 {
-                            self.memory
-                                .discard(span.region, span.offset..span.offset + span.len)?;
-                        }
-                    }
-                }
-                Content::Zero => {}
-                Content::Data if part.install => {
-                    for span in spans {
-                        if pending
-                            .last()
-                            .is_some_and(|last| last.region != span.region)
-                        {
-                            self.receive_spans(layout, &mut pending, &mut digests, reader)?;
-                        }
-                        pending.push(span);
-                    }
-                }
-                Content::Data => {
-                    self.receive_spans(layout, &mut pending, &mut digests, reader)?;
-                    let bytes = layout.bytes_in(part.run);
-                    reader.skip(usize::try_from(bytes).expect("part of a payload"))?;
-                    for _ in part.run.range() {
-                        digests.next();
-                    }
-                }
-            }
-        }
-        self.receive_spans(layout, &mut pending, &mut digests, reader)
-    }
-
-    fn receive_spans<'d>(
-        &self,
-        layout: &Layout,
-        spans: &mut Vec<Span>,
-        digests: &mut impl Iterator<Item = &'d u64>,
-        reader: &LaneReader,
-    ) -> Result<(), ReceiveError> {
-        let Some(first) = spans.first() else {
-            return Ok(());
-        };
-        let region = first.region;
-        let ranges: Vec<Range<u64>> = spans
-            .iter()
-            .map(|span| span.offset..span.offset + span.len)
-            .collect();
-        self.memory.receive(region, &ranges, reader.as_fd())?;
-        let size = u64::from(layout.chunk_size().bytes());
-        for span in spans.drain(..) {
-            let end = span.offset + span.len;
-            let mut offset = span.offset;
-            while offset < end {
-                let next = (offset + size).min(end);
-                let digest = reserve(self.memory.digest(region, offset..next)?);
-                if digests.next() != Some(&digest) {
-                    return Err(ReceiveError::Damaged);
-                }
-                offset = next;
-            }
-        }
-        Ok(())
-    }
-
-    /// Whole pages, none over a resident one.
+    /// Puts the wanted parts of a frame where they belong: over what is there while nobody looks (`direct`), else in
+    /// whole pages and never over a resident one.
     fn install(
         &self,
         layout: &Layout,
         chunks: &Chunks,
         parts: &[Part],
+        direct: bool,
         payload: &[u8],
     ) -> Result<(), ReceiveError> {
         let size = layout.chunk_size().bytes() as usize;
@@ -296,9 +215,15 @@ impl Receiving<'_> {
                     offset: span.offset,
                 };
                 if part.content == Content::Zero {
-                    // Absent is zero; who waits for it faults again and gets a page then.
-                    if part.install {
-                        self.memory.wake(place, span.len)?;
+                    match (part.install, direct) {
+                        (false, _) => {}
+                        // In the first pass nothing is there yet.
+                        (true, true) if chunks.round == 0 => {}
+                        (true, true) => self
+                            .memory
+                            .discard(span.region, span.offset..span.offset + span.len)?,
+                        // Absent is zero; who waits for it faults again and gets a page then.
+                        (true, false) => self.memory.wake(place, span.len)?,
                     }
                     continue;
                 }
@@ -310,8 +235,10 @@ impl Receiving<'_> {
                         return Err(ReceiveError::Damaged);
                     }
                 }
-                if part.install {
-                    self.memory.install(place, bytes)?;
+                match (part.install, direct) {
+                    (false, _) => {}
+                    (true, true) => self.memory.write(place, bytes)?,
+                    (true, false) => self.memory.install(place, bytes)?,
                 }
             }
         }
