@@ -26,7 +26,7 @@ use crate::migrate::cancel::Cancel;
 use crate::migrate::clock::{Clock, duration, micros};
 use crate::migrate::monitor::Monitor;
 use crate::migrate::options::SeedOptions;
-use crate::migrate::priority::go_first;
+use crate::migrate::priority::{go_first, go_last};
 use crate::migrate::progress::{Phase, Progress, Rate, Reporter, SeedReport, Side, Verdict};
 use crate::subject::{Outgoing, SubjectError};
 use crate::transport::{LaneError, LaneReader, LaneWriter, Session};
@@ -533,8 +533,8 @@ impl<'a> Driver<'a> {
         let began = self.clock.elapsed();
         let digests = self.digests().take();
         let verdict = match digests {
-            Some(digests) => digests
-                .compare(self.regions, self.layout)
+            Some(digests) => self
+                .compare_with(&digests)
                 .map_err(local("cannot compare the copies"))?,
             None => Verdict {
                 compared: 0,
@@ -549,6 +549,22 @@ impl<'a> Driver<'a> {
         self.reporter.say(Progress::Verified(verdict));
         monitor.tell(|seeder| seeder.handle_compared(verdict.compared, verdict.different));
         Ok(())
+    }
+
+    /// Once the guest runs elsewhere, nobody waits for this, and others of this host want its processors.
+    fn compare_with(&self, digests: &Digests) -> io::Result<Verdict> {
+        let after = self.options.verify == Verify::After;
+        thread::scope(|scope| {
+            let comparing = scope.spawn(|| {
+                if after {
+                    go_last();
+                }
+                digests.compare(self.regions, self.layout)
+            });
+            comparing
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
     }
 
     /// The source runs on as though nothing had been asked of it.
