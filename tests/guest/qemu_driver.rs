@@ -1,10 +1,11 @@
 //! The QEMU driver with real QEMUs: whole migrations, rollbacks and deaths.
 
 use std::io::{self, Read, Write};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use memferry::subject::qemu::{
-    IncomingQemu, Machine, OutgoingQemu, QemuError, Qmp, QmpError, RunState,
+    Executor, IncomingQemu, LastWill, Machine, OutgoingQemu, QemuError, Qmp, QmpError, RunState,
 };
 use memferry::subject::{Incoming, Outgoing, SubjectError};
 use serde_json::{Value, json};
@@ -277,6 +278,39 @@ fn a_released_guest_cannot_be_resumed_at_the_source() {
     let mut qmp = vm.qmp();
     let status = qmp.execute("query-status", &Value::Null, soon()).unwrap();
     assert_eq!(status["status"], "postmigrate");
+}
+
+#[test]
+#[ignore = "guest: needs qemu-system-x86_64"]
+fn a_last_will_that_comes_late_does_not_run_a_guest_that_another_sender_has_moved() {
+    #[derive(Debug)]
+    struct Notes(mpsc::Sender<LastWill>);
+    impl Executor for Notes {
+        fn note(&mut self, will: Option<&LastWill>) -> io::Result<()> {
+            will.map_or(Ok(()), |will| {
+                self.0.send(will.clone()).map_err(io::Error::other)
+            })
+        }
+    }
+    let mut vm = Vm::source();
+    let (notes, wills) = mpsc::channel();
+    let mut source = outgoing(&mut vm).with_executor(Box::new(Notes(notes)));
+    source.suspend(soon()).unwrap();
+    source.resume(soon()).unwrap();
+    drop(source);
+    let mut other = outgoing(&mut vm);
+    other.suspend(soon()).unwrap();
+    other.save(&mut io::sink(), soon()).unwrap();
+    other.release();
+    drop(other);
+    let counted = vm.count();
+    let mut qmp = vm.qmp();
+    for will in wills {
+        assert!(!will.execute(&mut qmp, soon()).unwrap());
+    }
+    let status = qmp.execute("query-status", &Value::Null, soon()).unwrap();
+    assert_eq!(status["status"], "postmigrate");
+    assert_eq!(vm.count(), counted);
 }
 
 /// The source dies after `steps`; `then` says so, well before its deadline.

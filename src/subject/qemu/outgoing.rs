@@ -9,11 +9,12 @@ use serde_json::json;
 use super::error::{QemuError, Refusal, Refusals};
 use super::machine::{Machine, RunState};
 use super::qmp::Qmp;
+use super::qmp_error::QmpError;
 use super::settings::Settings;
 use super::status;
 use super::stream::Capture;
 use super::undo;
-use super::will::{Executor, LastWill, Stage};
+use super::will::{Executor, LastWill, STAMPED, Stage};
 use crate::subject::{Description, Outgoing, SubjectError};
 
 /// What QEMU may believe that the guest can be stopped for, at first. QEMU stops the guest when what its own part of the
@@ -26,6 +27,9 @@ const LAST_DOWNTIME_LIMIT_MS: u64 = 1000;
 
 /// More than any socket pair passes: QEMU's 128 MiB/s are for networks.
 const BANDWIDTH: u64 = 1 << 40;
+
+/// Limits between which nothing differs: this much of one tells one sender from another.
+const STAMPS: u64 = 1 << 32;
 
 /// How long a drop may try to get the guest to run again.
 const LAST_ATTEMPT: Duration = Duration::from_secs(5);
@@ -56,6 +60,8 @@ pub struct OutgoingQemu {
     /// Each descriptor that QEMU is given has a name of its own.
     attempts: u64,
     timings: OutgoingTimings,
+    /// The bandwidth limit that this sender has set, and no other.
+    stamp: u64,
     /// Last, so that the connection is closed when it is dropped: QEMU serves one at a time.
     executor: Option<Box<dyn Executor>>,
 }
@@ -95,6 +101,7 @@ impl OutgoingQemu {
             attempts: 0,
             timings: OutgoingTimings::default(),
             executor: None,
+            stamp: 0,
         })
     }
 
@@ -117,6 +124,7 @@ impl OutgoingQemu {
                 settings: settings.clone(),
                 stage,
                 ran: self.before == RunState::Running,
+                stamp: self.stamp,
             });
         if executor.note(will.as_ref()).is_err() {
             self.executor = None;
@@ -145,12 +153,13 @@ impl OutgoingQemu {
             return Ok(());
         }
         self.qmp.reconnect_if_broken(deadline)?;
+        self.stamp = stamp()?;
         let settings = Settings::apply(
             &mut self.qmp,
             &["x-ignore-shared", "events", "pause-before-switchover"],
             &[
                 ("downtime-limit", FIRST_DOWNTIME_LIMIT_MS.into()),
-                ("max-bandwidth", BANDWIDTH.into()),
+                (STAMPED, self.stamp.into()),
                 // QEMU would speak TLS on the socket pair too.
                 ("tls-creds", "".into()),
                 ("tls-hostname", "".into()),
@@ -361,6 +370,18 @@ impl Drop for OutgoingQemu {
             let _ = self.resume_guest(Instant::now() + LAST_ATTEMPT);
         }
     }
+}
+
+/// A bandwidth limit of one's own.
+fn stamp() -> Result<u64, QemuError> {
+    let mut random = [0; 8];
+    rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty()).map_err(
+        |errno| QmpError::Io {
+            during: "asking the kernel for random numbers".into(),
+            source: errno.into(),
+        },
+    )?;
+    Ok(BANDWIDTH + u64::from_le_bytes(random) % STAMPS)
 }
 
 fn check_state(state: &RunState) -> Result<(), QemuError> {

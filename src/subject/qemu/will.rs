@@ -5,6 +5,7 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::error::QemuError;
 use super::qmp::Qmp;
@@ -21,7 +22,12 @@ pub struct LastWill {
     pub(super) stage: Stage,
     /// Whether the guest ran before.
     pub(super) ran: bool,
+    /// What the sender set [`STAMPED`] to.
+    pub(super) stamp: u64,
 }
+
+/// The parameter whose value tells whose migration it is: another sender would have set it to another value.
+pub(super) const STAMPED: &str = "max-bandwidth";
 
 /// How far it was.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,11 +53,17 @@ pub trait Executor: Debug + Send {
 impl LastWill {
     /// Lets the guest behind `qmp` run as though nothing had been asked of it, and puts QEMU's settings back.
     ///
-    /// To be called once the process that wrote it is gone. Blocks until it is done, at most until `deadline`.
+    /// To be called once the process that wrote it is gone. Blocks until it is done, at most until `deadline`. False if
+    /// another sender has migrated the guest since: then it may run elsewhere, and nothing is done.
     ///
     /// # Errors
     /// If QEMU is gone or does not obey; a guest that is stopped stays so then.
-    pub fn execute(self, qmp: &mut Qmp, deadline: Instant) -> Result<(), QemuError> {
+    pub fn execute(self, qmp: &mut Qmp, deadline: Instant) -> Result<bool, QemuError> {
+        // QEMU serves one client at a time, so nobody comes in between from here on.
+        let now = qmp.execute("query-migrate-parameters", &Value::Null, deadline)?;
+        if now[STAMPED].as_u64() != Some(self.stamp) {
+            return Ok(false);
+        }
         if self.stage != Stage::Prepared {
             let saving = self.stage == Stage::Saving;
             // It may have died before QEMU was told to take the last step, which then never ends by itself.
@@ -62,6 +74,7 @@ impl LastWill {
                 undo::run(qmp, deadline)?;
             }
         }
-        self.settings.restore(qmp, deadline)
+        self.settings.restore(qmp, deadline)?;
+        Ok(true)
     }
 }

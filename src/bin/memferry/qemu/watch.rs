@@ -40,11 +40,15 @@ pub(crate) fn run(args: &Watch) -> anyhow::Result<()> {
         Err(error) => Err(error.into()),
         Ok(mut qmp) => will.execute(&mut qmp, deadline),
     };
-    given_back.context(
+    let given_back = given_back.context(
         "the sender has ended, and the guest could not be given back: it may stand still here. If the destination does not run it, \
          `migrate_cancel` and then `cont` on its QMP socket let it run",
     )?;
-    eprintln!("memferry: the sender has ended before hand-over; the guest runs on at the source");
+    if given_back {
+        eprintln!(
+            "memferry: the sender has ended before hand-over; the guest runs on at the source"
+        );
+    }
     Ok(())
 }
 
