@@ -6,7 +6,7 @@
 //! ```
 //!
 //! The check is the low half of the XXH3-64 digest over the first 12 bytes and the body. The payload is not in it:
-//! it is received straight into memory, and each of its chunks has a digest among the fields.
+//! it may be received straight into memory, and each of its chunks has a digest among the fields.
 
 use alloc::vec::Vec;
 

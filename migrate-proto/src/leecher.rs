@@ -236,6 +236,21 @@ impl Leecher {
         self.theirs.as_ref()
     }
 
+    /// Whether no dirty set can name a chunk any more: what is here stays here.
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
+        matches!(
+            self.phase,
+            Phase::Loading | Phase::Ready | Phase::Owning { .. } | Phase::Closed
+        )
+    }
+
+    /// Whether the session is over.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.phase == Phase::Closed
+    }
+
     /// The round that is being received.
     #[must_use]
     pub fn round(&self) -> u32 {
@@ -249,8 +264,9 @@ impl Leecher {
     }
 
     /// Whether `chunk` is here, in its newest version that was announced.
+    #[cfg(test)]
     #[must_use]
-    pub fn is_resident(&self, chunk: u64) -> bool {
+    pub(crate) fn is_resident(&self, chunk: u64) -> bool {
         chunk < self.residency.chunks() && !self.residency.remote().contains(chunk)
     }
 
@@ -415,8 +431,13 @@ impl Leecher {
         stale.subtract(self.residency.remote());
         self.residency.invalidate(&set);
         if self.phase == Phase::Finalizing && !stale.is_empty() {
-            self.unobeyed += 1;
-            self.events.push_back(Event::Discard { stale });
+            // Sets that come faster than they are obeyed wait as one.
+            if let Some(Event::Discard { stale: waiting }) = self.events.back_mut() {
+                waiting.union_with(&stale);
+            } else {
+                self.unobeyed += 1;
+                self.events.push_back(Event::Discard { stale });
+            }
         }
         Ok(())
     }

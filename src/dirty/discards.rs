@@ -10,11 +10,11 @@ use super::area::not_started;
 use crate::chunk::{ChunkBitmap, ChunkRun, ChunkSize, Storage};
 
 /// Names the chunks that had data and have a hole now: what a guest's balloon gave back. For trackers of writes that
-/// do not see it; join them by [`Union`](super::Union).
+/// do not see it: the late tracker of a region, or joined with the other one by [`Union`](super::Union).
 ///
-/// Asks the storage for its [data ranges](Storage::data_ranges), and keeps a bit for each 4 KiB; smaller holes are
-/// not seen. A hole that was filled again
-/// in between is a write, which the other tracker sees.
+/// Asks the storage for its [data ranges](Storage::data_ranges), about 10 ms for each GiB of data, and keeps a bit for
+/// each 4 KiB; smaller holes are not seen. A hole that was filled again in between is a write, which the other tracker
+/// sees.
 #[derive(Debug)]
 pub struct Discards {
     storage: Arc<dyn Storage>,

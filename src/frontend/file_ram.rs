@@ -123,32 +123,45 @@ impl FileRam {
         len: u64,
         mut fill: impl FnMut(u64, Range<u64>) -> io::Result<Installed>,
     ) -> io::Result<()> {
-        for (index, (mut skipped, mut addresses)) in self.addresses(place, len).enumerate() {
-            if index > 0 {
-                // The page is present through the first mapping; who waits on another one finds it there.
+        let mut filled: Vec<Range<u64>> = Vec::new();
+        for (start, addresses) in self.addresses(place, len) {
+            let part = start..start + (addresses.end - addresses.start);
+            let there = |filled: &Range<u64>| filled.start <= part.start && part.end <= filled.end;
+            if filled.iter().any(there) {
+                // The pages are present through another mapping; who waits on this one finds them there.
                 self.uffd()?.wake(addresses)?;
-                continue;
-            }
-            while addresses.start < addresses.end {
-                let installed = fill(skipped, addresses.clone())?;
-                skipped += installed.done;
-                addresses.start += installed.done;
-                match installed.stopped {
-                    None => {}
-                    // The program changes its mappings; the fault loop reads the events meanwhile.
-                    Some(Stop::Changing) => std::thread::yield_now(),
-                    // Nobody can look there any more.
-                    Some(Stop::Unmapped | Stop::Exited) => break,
-                    Some(Stop::NoRoom) => {
-                        return Err(io::Error::new(
-                            io::ErrorKind::StorageFull,
-                            "there is no room for a page: the memory, or the file system of the guest's RAM, is full",
-                        ));
-                    }
-                }
+            } else if Self::fill_area(start, addresses, &mut fill)? {
+                filled.push(part);
             }
         }
         Ok(())
+    }
+
+    /// Fills one mapping of a range, from byte `skipped` of the range on. `false` if it is not mapped any more, and so
+    /// nobody looks there.
+    fn fill_area(
+        mut skipped: u64,
+        mut addresses: Range<u64>,
+        fill: &mut impl FnMut(u64, Range<u64>) -> io::Result<Installed>,
+    ) -> io::Result<bool> {
+        while addresses.start < addresses.end {
+            let installed = fill(skipped, addresses.clone())?;
+            skipped += installed.done;
+            addresses.start += installed.done;
+            match installed.stopped {
+                None => {}
+                // The program changes its mappings; the fault loop reads the events meanwhile.
+                Some(Stop::Changing) => std::thread::yield_now(),
+                Some(Stop::Unmapped | Stop::Exited) => return Ok(false),
+                Some(Stop::NoRoom) => {
+                    return Err(io::Error::new(
+                        io::ErrorKind::StorageFull,
+                        "there is no room for a page: the memory, or the file system of the guest's RAM, is full",
+                    ));
+                }
+            }
+        }
+        Ok(true)
     }
 }
 
@@ -290,15 +303,24 @@ impl Install for FileRam {
 
     fn disarm(&self) -> io::Result<()> {
         let mut release = self.release.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut failed = None;
         let undo = match std::mem::replace(&mut *release, Release::Disarmed(None)) {
             Release::Armed(undo) => {
+                let uffd = self.uffd()?;
                 for area in &self.areas {
-                    self.uffd()?.unregister(area.addresses.clone())?;
+                    if let Err(error) = uffd.unregister(area.addresses.clone())
+                        // Not mapped any more, or by a process that has ended: nothing is watched there.
+                        && !matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOMEM))
+                    {
+                        failed.get_or_insert(error);
+                    }
                 }
                 Some(undo)
             }
             Release::Disarmed(undo) => undo,
         };
-        undo.map_or(Ok(()), |undo| undo())
+        // Whatever failed: once every descriptor is closed, nothing is watched.
+        let undone = undo.map_or(Ok(()), |undo| undo());
+        failed.map_or(undone, Err)
     }
 }

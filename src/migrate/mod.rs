@@ -17,6 +17,7 @@ mod cancel;
 mod clock;
 mod leech;
 mod monitor;
+mod on_panic;
 mod options;
 mod priority;
 mod progress;

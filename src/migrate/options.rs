@@ -21,7 +21,7 @@ pub struct SeedOptions {
     pub silence: Duration,
     /// The longest time that the subject may take to suspend, to save its state, or to run on.
     pub subject_deadline: Duration,
-    /// The longest time from suspending to hand-over; then it is given up, and the subject runs on here. Bounds what a
+    /// The longest time from suspending to hand-over, without a comparison in between; then it is given up, and the subject runs on here. Bounds what a
     /// destination can do that answers and gets nowhere.
     pub cut_over_deadline: Duration,
 }

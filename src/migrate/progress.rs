@@ -1,5 +1,6 @@
 //! What a migration tells while it goes on, and at its end.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
@@ -13,7 +14,9 @@ pub enum Phase {
     Greeting,
     /// The subject runs at the source and its memory is copied.
     PreCopy,
-    /// The subject stands still: the last dirty set and the device state travel.
+    /// At the source: the subject is being suspended, or stands still, and the last dirty set and the device state travel.
+    /// At the destination: nothing is written directly any more, which in post-copy begins a little earlier and
+    /// otherwise later.
     CutOver,
     /// The subject runs at the destination and the rest of its memory follows.
     PostCopy,
@@ -36,12 +39,41 @@ pub enum Side {
 /// What has gone over the wire so far.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 pub struct Traffic {
-    /// All bytes of frames with chunks, headers included.
+    /// All bytes of frames on all lanes, in both directions; without what TCP adds.
     pub wire_bytes: u64,
     /// Bytes of memory that were sent or received.
     pub memory_bytes: u64,
     /// Bytes of memory that were zero or never written and cost nothing.
     pub zero_bytes: u64,
+}
+
+/// What the threads of a side count.
+#[derive(Debug, Default)]
+pub(super) struct Counters {
+    wire: AtomicU64,
+    memory: AtomicU64,
+    zero: AtomicU64,
+}
+
+impl Counters {
+    /// A frame of so many bytes went over a lane.
+    pub(super) fn frame(&self, bytes: u64) {
+        self.wire.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// So many bytes of memory had to be sent, and so many were zero.
+    pub(super) fn memory(&self, data: u64, zero: u64) {
+        self.memory.fetch_add(data, Ordering::Relaxed);
+        self.zero.fetch_add(zero, Ordering::Relaxed);
+    }
+
+    pub(super) fn traffic(&self) -> Traffic {
+        Traffic {
+            wire_bytes: self.wire.load(Ordering::Relaxed),
+            memory_bytes: self.memory.load(Ordering::Relaxed),
+            zero_bytes: self.zero.load(Ordering::Relaxed),
+        }
+    }
 }
 
 /// A step of a migration. Times are seconds since the session began.

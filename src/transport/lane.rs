@@ -3,7 +3,7 @@
 use std::io::{self, IoSlice, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use migrate_proto::{DecodeError, FrameHeader, HEADER_LEN, Message, encode_frame};
 
@@ -11,6 +11,7 @@ use migrate_proto::{DecodeError, FrameHeader, HEADER_LEN, Message, encode_frame}
 #[derive(Debug)]
 pub struct Lane {
     stream: TcpStream,
+    silence: Duration,
 }
 
 /// Why a lane does not go on.
@@ -36,7 +37,7 @@ impl Lane {
         stream.set_write_timeout(Some(silence))?;
         let millis = u32::try_from(silence.as_millis()).unwrap_or(u32::MAX);
         rustix::net::sockopt::set_tcp_user_timeout(&stream, millis)?;
-        Ok(Self { stream })
+        Ok(Self { stream, silence })
     }
 
     /// The two directions, to be used on two threads.
@@ -47,9 +48,11 @@ impl Lane {
         let reader = LaneReader {
             stream: self.stream.try_clone()?,
             body: Vec::new(),
+            frame_len: 0,
         };
         let writer = LaneWriter {
             stream: self.stream.try_clone()?,
+            silence: self.silence,
             frame: Vec::new(),
         };
         Ok((reader, writer))
@@ -72,6 +75,7 @@ impl Lane {
 pub struct LaneReader {
     stream: TcpStream,
     body: Vec<u8>,
+    frame_len: u64,
 }
 
 impl LaneReader {
@@ -95,7 +99,14 @@ impl LaneReader {
         self.body.resize(header.body_len(), 0);
         self.stream.read_exact(&mut self.body)?;
         let message = header.message(&self.body)?;
+        self.frame_len = (HEADER_LEN + header.body_len() + header.payload_len()) as u64;
         Ok((message, header.payload_len()))
+    }
+
+    /// The length of the last frame in bytes, header and payload included.
+    #[must_use]
+    pub fn frame_len(&self) -> u64 {
+        self.frame_len
     }
 
     /// Fills `buf` with payload. Blocks.
@@ -131,12 +142,13 @@ impl AsFd for LaneReader {
 #[derive(Debug)]
 pub struct LaneWriter {
     stream: TcpStream,
+    silence: Duration,
     frame: Vec<u8>,
 }
 
 impl LaneWriter {
     /// Sends a message with the payload `parts`, one after the other, without copying them. Blocks while the peer does
-    /// not take it, for the session's silence at most. Returns the bytes that went out.
+    /// not take it, for twice the session's silence at most. Returns the bytes that went out.
     ///
     /// # Errors
     /// What the network says; any error is final.
@@ -147,23 +159,35 @@ impl LaneWriter {
         let mut slices = Vec::with_capacity(parts.len() + 1);
         slices.push(IoSlice::new(&self.frame));
         slices.extend(parts.iter().map(|part| IoSlice::new(part)));
-        write_all_vectored(&mut self.stream, &mut slices)?;
+        let end = Instant::now() + self.silence;
+        write_all_vectored(&mut self.stream, &mut slices, end)?;
         Ok((self.frame.len() + payload) as u64)
     }
 }
 
-fn write_all_vectored(stream: &mut TcpStream, mut slices: &mut [IoSlice<'_>]) -> io::Result<()> {
+/// Each write has the socket's time-out; a peer that takes a byte now and then does not move `end`.
+fn write_all_vectored(
+    stream: &mut TcpStream,
+    mut slices: &mut [IoSlice<'_>],
+    end: Instant,
+) -> io::Result<()> {
+    let late = || {
+        io::Error::new(
+            io::ErrorKind::TimedOut,
+            "the other side does not take what is sent",
+        )
+    };
     while !slices.is_empty() {
         match stream.write_vectored(slices) {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(written) => IoSlice::advance_slices(&mut slices, written),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                return Err(io::Error::new(
-                    io::ErrorKind::TimedOut,
-                    "the other side does not take what is sent",
-                ));
+            Ok(written) => {
+                IoSlice::advance_slices(&mut slices, written);
+                if !slices.is_empty() && Instant::now() > end {
+                    return Err(late());
+                }
             }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(late()),
             Err(error) => return Err(error),
         }
     }

@@ -34,7 +34,7 @@ const LAYERS: [Layer; 10] = [
         // A tracker is tried on a storage.
         tests_use: &["backend"],
     },
-    // A front end shows what is kept somewhere: a guest's RAM is a file that is read, punched and mapped.
+    // A front end shows what is kept somewhere: a guest's RAM is a file that is written and punched.
     layer("frontend", &["backend", "chunk", "sys"]),
     layer("subject", &["attach"]),
     layer("transport", &["migrate_proto"]),

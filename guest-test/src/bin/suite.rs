@@ -25,6 +25,8 @@ struct Step {
     plan: Plan,
     /// Looks at what the last command printed, too; it is then printed when the command has ended.
     judge: Option<fn(&str) -> Result<()>>,
+    /// What its plan names as missing cannot be installed.
+    beyond: bool,
 }
 
 /// The commands of a check, or why they cannot be run here.
@@ -43,6 +45,8 @@ enum Outcome {
     Passed,
     Failed(String),
     Skipped(String),
+    /// Nothing that could be installed makes it run on this machine.
+    Beyond(String),
 }
 
 /// What the steps ask about this machine.
@@ -77,6 +81,7 @@ fn main() -> Result<ExitCode> {
         let began = Instant::now();
         let outcome = match (step.plan)(&machine) {
             Ok(commands) => run(commands, step.judge),
+            Err(reason) if step.beyond => Outcome::Beyond(reason),
             Err(reason) => Outcome::Skipped(reason),
         };
         outcomes.push((step.name, outcome, began.elapsed()));
@@ -89,6 +94,7 @@ fn steps() -> Vec<Step> {
         name,
         plan,
         judge: None,
+        beyond: false,
     };
     vec![
         step("format", |_| {
@@ -147,6 +153,27 @@ fn steps() -> Vec<Step> {
         step("examples in the documentation", |_| {
             Ok(vec![cargo(&["test", "--workspace", "--doc"])])
         }),
+        step("privileged tests of the library's insides", |_| {
+            may_trace()?;
+            let ignored = ["test", "-p", "memferry", "--lib", "--", "--ignored"];
+            // Measurements are no tests, and what needs another kernel is a step of its own.
+            let rest = ["--skip", "measure", "--skip", "soft_dirty"];
+            Ok(vec![cargo(&[&ignored[..], &rest].concat())])
+        }),
+        Step {
+            beyond: true,
+            ..step("soft-dirty tests", |_| {
+                match memferry::sys::pagemap::soft_dirty_works() {
+                    Ok(true) => {}
+                    Ok(false) => return Err("this kernel lacks CONFIG_MEM_SOFT_DIRTY".into()),
+                    Err(reason) => return Err(format!("cannot tell whether it works: {reason}")),
+                }
+                let ignored = ["test", "-p", "memferry", "--lib", "soft_dirty"];
+                Ok(vec![cargo(
+                    &[&ignored[..], &["--", "--include-ignored"]].concat(),
+                )])
+            })
+        },
         step("privileged tests", |machine| {
             machine.test("privileged")?;
             may_trace()?;
@@ -377,7 +404,7 @@ fn summarise(outcomes: &[(&str, Outcome, Duration)], require_all: bool) -> ExitC
                 failed += 1;
                 println!("FAILED   {name}, which is required and could not run: {reason}");
             }
-            Outcome::Skipped(reason) => {
+            Outcome::Skipped(reason) | Outcome::Beyond(reason) => {
                 skipped += 1;
                 println!("skipped  {name}: {reason}");
             }

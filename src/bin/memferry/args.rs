@@ -63,6 +63,9 @@ pub(crate) struct Receive {
     /// QMP socket of the destination QEMU
     #[arg(long, value_name = "SOCKET")]
     pub(crate) qmp: PathBuf,
+    /// Process of that QEMU, where the socket does not tell: libvirt opens it for QEMU, and other PID namespaces hide it
+    #[arg(long, value_name = "PID")]
+    pub(crate) pid: Option<u32>,
     /// Address to listen on; port 0 takes any free one
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:0")]
     pub(crate) listen: SocketAddr,
@@ -109,6 +112,9 @@ pub(crate) struct Send {
     /// QMP socket of the source QEMU
     #[arg(long, value_name = "SOCKET")]
     pub(crate) qmp: PathBuf,
+    /// Process of that QEMU, where the socket does not tell: libvirt opens it for QEMU, and other PID namespaces hide it
+    #[arg(long, value_name = "PID")]
+    pub(crate) pid: Option<u32>,
     /// The string that `memferry qemu receive` printed, or `-` to read it from standard input, where other users of
     /// this host do not see it
     #[arg(value_name = "STRING", value_parser = pairing)]

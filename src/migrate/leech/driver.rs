@@ -12,16 +12,19 @@ use migrate_proto::{
 };
 
 use super::faults::{FaultCounters, serve_faults};
-use super::lanes::{Counters, Receiving};
+use super::lanes::Receiving;
 use super::state::IncomingState;
 use super::{LeechCause, LeechError, LeechOutcome, bytes_of};
 use crate::chunk::Install;
 use crate::migrate::cancel::Cancel;
 use crate::migrate::clock::{Clock, micros};
 use crate::migrate::monitor::Monitor;
+use crate::migrate::on_panic::OnPanic;
 use crate::migrate::options::LeechOptions;
 use crate::migrate::priority::go_first;
-use crate::migrate::progress::{LeechReport, Phase, Progress, Rate, Reporter, Side, Verdict};
+use crate::migrate::progress::{
+    Counters, LeechReport, Phase, Progress, Rate, Reporter, Side, Verdict,
+};
 use crate::subject::{Description, Incoming, SubjectError};
 use crate::transport::{LaneError, LaneReader, LaneWriter, Session};
 
@@ -104,6 +107,10 @@ impl<'a> Driver<'a> {
         };
         thread::scope(|scope| {
             let (this, monitor, writer) = (&self, &monitor, &writer);
+            let _all_threads_end = OnPanic(|| {
+                monitor.close();
+                self.session.shut_down();
+            });
             let (state, receiving) = (&state, &receiving);
             let reading = scope.spawn(move || this.read_control(monitor, reader, state));
             let writing = scope.spawn(move || this.write_control(monitor, writer));
@@ -162,6 +169,7 @@ impl<'a> Driver<'a> {
         state: &IncomingState,
     ) {
         go_first();
+        let _session_ends = self.end_on_panic(monitor);
         if let Err(error) = self.try_read_control(monitor, &mut reader, state) {
             let code = match error {
                 LaneError::Decode(_) => AbortCode::Protocol,
@@ -182,6 +190,7 @@ impl<'a> Driver<'a> {
         let mut buffer = Vec::new();
         loop {
             let (message, payload) = reader.receive()?;
+            self.counters.frame(reader.frame_len());
             buffer.resize(payload, 0);
             reader.read_exact(&mut buffer)?;
             let now = self.clock.now();
@@ -189,8 +198,11 @@ impl<'a> Driver<'a> {
             let _ = match message {
                 Message::State { offset } => {
                     let len = payload as u64;
-                    let accepted = monitor.tell(|leecher| leecher.handle_state(now, offset, len));
-                    if accepted.is_ok() {
+                    let (accepted, over) = monitor.tell(|leecher| {
+                        let accepted = leecher.handle_state(now, offset, len);
+                        (accepted, leecher.is_closed())
+                    });
+                    if accepted.is_ok() && !over {
                         state.put(offset, &buffer)?;
                     }
                     accepted
@@ -200,10 +212,21 @@ impl<'a> Driver<'a> {
         }
     }
 
+    /// A session of which a thread is gone is given up.
+    fn end_on_panic<'m>(&self, monitor: &'m Monitor<Leecher>) -> OnPanic<impl Fn() + use<'m>> {
+        OnPanic(|| {
+            let reason = "a thread of memferry has panicked; this is a bug";
+            monitor.tell(|leecher| leecher.abort(AbortCode::Failed, reason.into()));
+        })
+    }
+
     fn write_control(&self, monitor: &Monitor<Leecher>, writer: &Mutex<LaneWriter>) {
         go_first();
+        let _session_ends = self.end_on_panic(monitor);
         let sent = monitor.send_messages(writer, |writer, message| {
-            writer.send(message, &[]).map(drop)
+            writer
+                .send(message, &[])
+                .map(|bytes| self.counters.frame(bytes))
         });
         if let Err(error) = sent {
             monitor.tell(|leecher| {
@@ -293,6 +316,9 @@ impl<'a> Driver<'a> {
                 Event::Lost { missing: 0, .. } => {
                     // All is here; only the farewell is missing, or the comparison.
                     self.faults.stop();
+                    if let Some(cause) = course.failure.take() {
+                        return Err(LeechError::Lost { cause, missing: 0 });
+                    }
                     let _ = self.memory.disarm();
                     course.complete.get_or_insert_with(|| self.clock.elapsed());
                     return self.outcome(&mut course);
@@ -447,7 +473,9 @@ impl<'a> Driver<'a> {
         let chunks = self.layout(monitor).chunks();
         monitor
             .flush(writer, &mut |writer: &mut LaneWriter, message: &Message| {
-                writer.send(message, &[]).map(drop)
+                writer
+                    .send(message, &[])
+                    .map(|bytes| self.counters.frame(bytes))
             })
             .map_err(local("cannot send the digests"))?;
         let mut first = 0;
@@ -461,9 +489,9 @@ impl<'a> Driver<'a> {
                     .flat_map(|digest| digest.to_le_bytes())
                     .collect()
             };
-            lock(writer)
-                .send(&Message::Digests { first }, &[&bytes])
-                .map_err(local("cannot send the digests"))?;
+            let sent = lock(writer).send(&Message::Digests { first }, &[&bytes]);
+            self.counters
+                .frame(sent.map_err(local("cannot send the digests"))?);
             first += count;
         }
         monitor.tell(Leecher::handle_digests_sent);

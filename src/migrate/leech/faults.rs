@@ -61,6 +61,7 @@ impl FaultCounters {
 /// Serves faults until the session is over.
 pub(super) fn serve_faults(receiving: &Receiving<'_>, counters: &FaultCounters, lane: &Lane) {
     go_first();
+    let _session_ends = receiving.end_on_panic();
     let served = Service::new(receiving, counters, lane).and_then(Service::serve);
     if let Err(error) = served {
         receiving.broke(&error);
@@ -75,6 +76,8 @@ struct Service<'a> {
     layout: &'a Layout,
     staging: Vec<u8>,
     faults: Vec<Place>,
+    /// Places to look at again when no dirty set can name them any more.
+    unsettled: Vec<Place>,
     /// When the chunks that are being fetched were asked for; as many as there are threads that wait.
     asked: Vec<(u64, Instant)>,
 }
@@ -94,6 +97,7 @@ impl<'a> Service<'a> {
             layout: receiving.layout(),
             staging: Vec::new(),
             faults: Vec::new(),
+            unsettled: Vec::new(),
             asked: Vec::new(),
         })
     }
@@ -104,10 +108,11 @@ impl<'a> Service<'a> {
                 return Ok(());
             }
             let (fault, frame) = self.wait()?;
+            self.faults.append(&mut self.unsettled);
             if fault {
                 self.receiving.memory.faults(&mut self.faults)?;
-                self.sort_faults()?;
             }
+            self.sort_faults()?;
             self.fetch()?;
             if frame {
                 self.answer()?;
@@ -139,13 +144,20 @@ impl<'a> Service<'a> {
         let memory = self.receiving.memory;
         for place in self.faults.drain(..) {
             let chunk = self.layout.chunk_at(place.region, place.offset).0;
-            let fault = self.receiving.monitor.lock().machine.handle_fault(chunk);
+            let (fault, settled) = {
+                let mut state = self.receiving.monitor.lock();
+                let fault = state.machine.handle_fault(chunk);
+                (fault, state.machine.is_settled())
+            };
             match fault {
                 Fault::Requested => {
                     self.counters.fetched.fetch_add(1, Ordering::Relaxed);
                     self.asked.push((chunk, Instant::now()));
                 }
                 Fault::Awaited => {}
+                // Until the device state is loaded a dirty set may still name the chunk, and what is made present now
+                // would pass for what is to come.
+                Fault::Resident if !settled => self.unsettled.push(place),
                 // The chunk is here and this page of it is not: it is zero. Unless it was installed since the fault was
                 // raised, which the kernel knows; then the waiter is woken.
                 Fault::Resident => {
@@ -165,7 +177,8 @@ impl<'a> Service<'a> {
             let Some(message) = message else {
                 return Ok(());
             };
-            self.writer.send(&message, &[])?;
+            let bytes = self.writer.send(&message, &[])?;
+            self.receiving.counters.frame(bytes);
         }
     }
 

@@ -2,7 +2,6 @@
 
 use std::io;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use migrate_proto::leecher::{Admission, Part};
@@ -13,7 +12,8 @@ use migrate_proto::{
 use crate::chunk::{Install, Place};
 use crate::migrate::clock::Clock;
 use crate::migrate::monitor::Monitor;
-use crate::migrate::progress::Traffic;
+use crate::migrate::on_panic::OnPanic;
+use crate::migrate::progress::Counters;
 use crate::transport::{Lane, LaneError, LaneReader};
 
 /// How long a thread without work sleeps at most before it looks whether the session is over.
@@ -30,24 +30,6 @@ pub(super) struct Receiving<'a> {
     pub(super) layout: OnceLock<Layout>,
 }
 
-/// What came over the wire, counted by the threads that receive.
-#[derive(Debug, Default)]
-pub(super) struct Counters {
-    wire: AtomicU64,
-    memory: AtomicU64,
-    zero: AtomicU64,
-}
-
-impl Counters {
-    pub(super) fn traffic(&self) -> Traffic {
-        Traffic {
-            wire_bytes: self.wire.load(Ordering::Relaxed),
-            memory_bytes: self.memory.load(Ordering::Relaxed),
-            zero_bytes: self.zero.load(Ordering::Relaxed),
-        }
-    }
-}
-
 /// Why a lane is given up.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ReceiveError {
@@ -57,6 +39,8 @@ pub(super) enum ReceiveError {
     Io(#[from] io::Error),
     #[error("a chunk was damaged on its way, or in memory")]
     Damaged,
+    #[error("the source sent {0} on a lane for chunks")]
+    WrongLane(&'static str),
     /// The state machine has closed the session and told why.
     #[error("the session is over")]
     Closed,
@@ -69,8 +53,18 @@ impl From<ProtocolError> for ReceiveError {
 }
 
 impl Receiving<'_> {
+    /// A session of which a thread is gone is given up.
+    pub(super) fn end_on_panic(&self) -> OnPanic<impl Fn()> {
+        OnPanic(|| {
+            let reason = "a thread of memferry has panicked; this is a bug";
+            self.monitor
+                .tell(|leecher| leecher.abort(AbortCode::Failed, reason.into()));
+        })
+    }
+
     /// Serves one bulk lane until the session is over.
     pub(super) fn serve_bulk(&self, index: u8, lane: &Lane) {
+        let _session_ends = self.end_on_panic();
         if let Err(error) = self.try_serve_bulk(index, lane) {
             self.broke(&error);
         }
@@ -96,6 +90,7 @@ impl Receiving<'_> {
                 AbortCode::Protocol,
                 format!("the source sent garbage: {error}"),
             ),
+            ReceiveError::WrongLane(_) => (AbortCode::Protocol, error.to_string()),
             ReceiveError::Lane(error) => (
                 AbortCode::Failed,
                 format!("a lane from the source broke: {error}"),
@@ -118,16 +113,9 @@ impl Receiving<'_> {
         staging: &mut Vec<u8>,
     ) -> Result<(), ReceiveError> {
         let Message::Chunks(chunks) = message else {
-            reader.skip(payload)?;
-            let now = self.clock.now();
-            return Ok(self
-                .monitor
-                .tell(|leecher| leecher.handle_message(now, message))?);
+            return Err(ReceiveError::WrongLane(message.name()));
         };
-        let header = 32 + chunks.runs.len() * 17 + chunks.digests.len() * 8;
-        self.counters
-            .wire
-            .fetch_add((header + payload) as u64, Ordering::Relaxed);
+        self.counters.frame(reader.frame_len());
         let Some((parts, direct)) = self.admit(lane, &chunks, payload as u64)? else {
             return Ok(reader.skip(payload)?);
         };
@@ -142,7 +130,26 @@ impl Receiving<'_> {
         let mut state = self.monitor.lock();
         state.machine.handle_installed(lane, &chunks, &parts);
         drop(state);
+        if !direct {
+            self.wake_for_zeros(layout, &parts)?;
+        }
         self.monitor.tell(|_| ());
+        Ok(())
+    }
+
+    /// Absent is zero. Who waits for such a chunk faults again and gets a page then: not before the chunk counts as
+    /// here, or it would wait for an answer that has come.
+    fn wake_for_zeros(&self, layout: &Layout, parts: &[Part]) -> Result<(), ReceiveError> {
+        let zeros = parts
+            .iter()
+            .filter(|part| part.install && part.content == Content::Zero);
+        for span in zeros.flat_map(|part| layout.spans(part.run)) {
+            let place = Place {
+                region: span.region,
+                offset: span.offset,
+            };
+            self.memory.wake(place, span.len)?;
+        }
         Ok(())
     }
 
@@ -186,13 +193,15 @@ impl Receiving<'_> {
     }
 
     fn count(&self, layout: &Layout, parts: &[Part]) {
-        for part in parts {
-            let bytes = layout.bytes_in(part.run);
-            match part.content {
-                Content::Data => self.counters.memory.fetch_add(bytes, Ordering::Relaxed),
-                Content::Zero => self.counters.zero.fetch_add(bytes, Ordering::Relaxed),
-            };
-        }
+        let bytes = |content| -> u64 {
+            parts
+                .iter()
+                .filter(|part| part.content == content)
+                .map(|part| layout.bytes_in(part.run))
+                .sum()
+        };
+        self.counters
+            .memory(bytes(Content::Data), bytes(Content::Zero));
     }
 
     /// Puts the wanted parts of a frame where they belong: over what is there while nobody looks (`direct`), else in
@@ -215,15 +224,10 @@ impl Receiving<'_> {
                     offset: span.offset,
                 };
                 if part.content == Content::Zero {
-                    match (part.install, direct) {
-                        (false, _) => {}
-                        // In the first pass nothing is there yet.
-                        (true, true) if chunks.round == 0 => {}
-                        (true, true) => self
-                            .memory
-                            .discard(span.region, span.offset..span.offset + span.len)?,
-                        // Absent is zero; who waits for it faults again and gets a page then.
-                        (true, false) => self.memory.wake(place, span.len)?,
+                    // In the first pass nothing is there yet, and later on nothing is overwritten.
+                    if part.install && direct && chunks.round > 0 {
+                        self.memory
+                            .discard(span.region, span.offset..span.offset + span.len)?;
                     }
                     continue;
                 }

@@ -14,7 +14,7 @@ use rustix::rand::GetRandomFlags;
 
 use super::compare::Digests;
 use super::forecast;
-use super::lanes::{Counters, Sending};
+use super::lanes::Sending;
 use super::let_go::LetGo;
 use super::state::StateSink;
 use super::{
@@ -25,9 +25,12 @@ use crate::dirty::DirtyTracker;
 use crate::migrate::cancel::Cancel;
 use crate::migrate::clock::{Clock, duration, micros};
 use crate::migrate::monitor::Monitor;
+use crate::migrate::on_panic::OnPanic;
 use crate::migrate::options::SeedOptions;
 use crate::migrate::priority::{go_first, go_last};
-use crate::migrate::progress::{Phase, Progress, Rate, Reporter, SeedReport, Side, Verdict};
+use crate::migrate::progress::{
+    Counters, Phase, Progress, Rate, Reporter, SeedReport, Side, Verdict,
+};
 use crate::subject::{Outgoing, SubjectError};
 use crate::transport::{LaneError, LaneReader, LaneWriter, Session};
 
@@ -117,6 +120,10 @@ impl<'a> Driver<'a> {
         };
         let outcome = thread::scope(|scope| {
             let (this, monitor, writer, sending) = (&self, &monitor, &writer, &sending);
+            let _all_threads_end = OnPanic(|| {
+                monitor.close();
+                self.session.shut_down();
+            });
             let reading = scope.spawn(move || this.read_control(monitor, reader));
             let writing = scope.spawn(move || this.write_control(monitor, writer));
             for (index, lane) in (1..=u8::MAX).zip(&self.session.bulk) {
@@ -174,6 +181,7 @@ impl<'a> Driver<'a> {
 
     fn read_control(&self, monitor: &Monitor<Seeder>, mut reader: LaneReader) {
         go_first();
+        let _session_ends = self.end_on_panic(monitor);
         if let Err(error) = self.try_read_control(monitor, &mut reader) {
             monitor.tell(|seeder| {
                 seeder.abort(
@@ -192,6 +200,7 @@ impl<'a> Driver<'a> {
         let mut buffer = Vec::new();
         loop {
             let (message, payload) = reader.receive()?;
+            self.counters.frame(reader.frame_len());
             buffer.resize(payload, 0);
             reader.read_exact(&mut buffer)?;
             let first = match message {
@@ -215,8 +224,17 @@ impl<'a> Driver<'a> {
         }
     }
 
+    /// A session of which a thread is gone is given up.
+    fn end_on_panic<'m>(&self, monitor: &'m Monitor<Seeder>) -> OnPanic<impl Fn() + use<'m>> {
+        OnPanic(|| {
+            let reason = "a thread of memferry has panicked; this is a bug";
+            monitor.tell(|seeder| seeder.abort(AbortCode::Failed, reason.into()));
+        })
+    }
+
     fn write_control(&self, monitor: &Monitor<Seeder>, writer: &Mutex<LaneWriter>) {
         go_first();
+        let _session_ends = self.end_on_panic(monitor);
         let sent = monitor.send_messages(writer, |writer, message| {
             if let Message::Release { .. } = message {
                 monitor.wake_driver();
@@ -224,7 +242,9 @@ impl<'a> Driver<'a> {
                     return Err(io::Error::other("the guest was not let go in time"));
                 }
             }
-            writer.send(message, &[]).map(drop)
+            writer
+                .send(message, &[])
+                .map(|bytes| self.counters.frame(bytes))
         });
         if let Err(error) = sent {
             monitor.tell(|seeder| {
@@ -345,7 +365,10 @@ impl<'a> Driver<'a> {
         let now = self.clock.now();
         let cancelled = self.cancel.is_cancelled();
         let late = moments.began.is_some_and(|began| {
-            self.clock.elapsed().saturating_sub(began) > self.options.cut_over_deadline
+            // A comparison before hand-over takes as long as the memory is large, and the user asked for it.
+            let span = self.clock.elapsed().saturating_sub(began);
+            span.saturating_sub(moments.verify_blackout.unwrap_or_default())
+                > self.options.cut_over_deadline
         });
         monitor.tell(|seeder| {
             seeder.handle_timeout(now);
@@ -356,7 +379,7 @@ impl<'a> Driver<'a> {
                 seeder.abort(AbortCode::Cancelled, "cancelled by the user".into());
             } else if late {
                 let reason =
-                    "the destination did not get ready in time after the guest was suspended";
+                    "the cut-over took longer than it may; the guest stood still for all of that time";
                 seeder.abort(AbortCode::Failed, reason.into());
             }
         });
@@ -483,7 +506,8 @@ impl<'a> Driver<'a> {
             .map_err(local("cannot tell what the guest wrote"))
     }
 
-    /// Suspend, take, save, take again: the last take is after everything that writes.
+    /// Suspend, take, save, take again: the last take is after everything that writes, but for the late trackers, which
+    /// find what only a running subject does.
     fn cut_over(
         &self,
         monitor: &Monitor<Seeder>,
@@ -498,7 +522,7 @@ impl<'a> Driver<'a> {
         let now = self.clock.now();
         monitor.tell(|seeder| seeder.handle_suspended(now, &dirty));
         self.mark(moments, "dirty set sent");
-        // What takes long to find is looked for while QEMU, or whatever it is, is busy with its state.
+        // What takes long to find is looked for while the subject is busy with its state.
         let (saved, late) = thread::scope(|scope| {
             let late = scope.spawn(|| self.take(|region| region.late.as_deref()));
             let saved = self.save(writer, subject);
@@ -523,7 +547,8 @@ impl<'a> Driver<'a> {
         writer: &Mutex<LaneWriter>,
         subject: &mut dyn Outgoing,
     ) -> Result<(u64, u64), SubjectError> {
-        let mut sink = StateSink::new(writer);
+        let end = Instant::now() + self.options.cut_over_deadline;
+        let mut sink = StateSink::new(writer, &self.counters, end, self.cancel);
         subject.save(&mut sink, Instant::now() + self.options.subject_deadline)?;
         sink.finish()
             .map_err(|error| SubjectError::because("cannot send the device state", error))

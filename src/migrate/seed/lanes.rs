@@ -1,7 +1,6 @@
 //! The threads that read memory and send it.
 
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use migrate_proto::limits::MAX_RUNS;
@@ -13,8 +12,9 @@ use migrate_proto::{
 use super::SourceRegion;
 use crate::migrate::clock::Clock;
 use crate::migrate::monitor::Monitor;
+use crate::migrate::on_panic::OnPanic;
 use crate::migrate::priority::go_first;
-use crate::migrate::progress::Traffic;
+use crate::migrate::progress::Counters;
 use crate::transport::{Lane, LaneError, LaneWriter};
 
 /// How long a thread without work sleeps at most before it looks whether the session is over.
@@ -30,27 +30,19 @@ pub(super) struct Sending<'a> {
     pub(super) counters: &'a Counters,
 }
 
-/// What went over the wire, counted by the threads that send.
-#[derive(Debug, Default)]
-pub(super) struct Counters {
-    wire: AtomicU64,
-    memory: AtomicU64,
-    zero: AtomicU64,
-}
-
-impl Counters {
-    pub(super) fn traffic(&self) -> Traffic {
-        Traffic {
-            wire_bytes: self.wire.load(Ordering::Relaxed),
-            memory_bytes: self.memory.load(Ordering::Relaxed),
-            zero_bytes: self.zero.load(Ordering::Relaxed),
-        }
-    }
-}
-
 impl Sending<'_> {
+    /// A session of which a thread is gone is given up.
+    pub(super) fn end_on_panic(&self) -> OnPanic<impl Fn()> {
+        OnPanic(|| {
+            let reason = "a thread of memferry has panicked; this is a bug";
+            self.monitor
+                .tell(|seeder| seeder.abort(AbortCode::Failed, reason.into()));
+        })
+    }
+
     /// Serves one bulk lane until the session is over.
     pub(super) fn serve_bulk(&self, index: u8, lane: &Lane) {
+        let _session_ends = self.end_on_panic();
         if let Err(error) = self.try_serve_bulk(index, lane) {
             self.broke("a bulk lane", &error);
         }
@@ -87,6 +79,7 @@ impl Sending<'_> {
 
     /// Answers fetches on the urgent lane, on the thread that reads them: no other has to wake up for a fault.
     pub(super) fn serve_urgent(&self, lane: &Lane) {
+        let _session_ends = self.end_on_panic();
         go_first();
         match self.try_serve_urgent(lane) {
             Ok(()) => {}
@@ -103,7 +96,16 @@ impl Sending<'_> {
                 Err(LaneError::Closed) if self.monitor.lock().closed => return Ok(()),
                 next => next?,
             };
-            reader.skip(payload)?;
+            if !matches!(message, Message::Fetch { .. }) || payload > 0 {
+                let reason = format!(
+                    "the destination sent {} on the lane for fetches",
+                    message.name()
+                );
+                self.monitor
+                    .tell(|seeder| seeder.abort(AbortCode::Protocol, reason));
+                return Ok(());
+            }
+            self.counters.frame(reader.frame_len());
             let now = self.clock.now();
             let fetched = self.monitor.tell(|seeder| {
                 // What is wrong with it has closed the session and is told as an event.
@@ -126,16 +128,10 @@ impl Sending<'_> {
             .lock()
             .machine
             .handle_filled(now, batch, memory);
-        let Counters {
-            wire,
-            memory: sent,
-            zero,
-        } = self.counters;
         let message = Message::Chunks(std::mem::take(&mut frame.chunks));
         let bytes = writer.send(&message, &frame.slices())?;
-        wire.fetch_add(bytes, Ordering::Relaxed);
-        sent.fetch_add(memory, Ordering::Relaxed);
-        zero.fetch_add(frame.zero, Ordering::Relaxed);
+        self.counters.frame(bytes);
+        self.counters.memory(memory, frame.zero);
         Ok(())
     }
 

@@ -2,10 +2,13 @@
 
 use std::io::{self, Write};
 use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
 
 use migrate_proto::Message;
 use xxhash_rust::xxh3::Xxh3Default;
 
+use crate::migrate::cancel::Cancel;
+use crate::migrate::progress::Counters;
 use crate::transport::LaneWriter;
 
 /// How many bytes of device state go into a frame.
@@ -15,6 +18,9 @@ const PIECE: usize = 256 << 10;
 #[derive(Debug)]
 pub(super) struct StateSink<'a> {
     writer: &'a Mutex<LaneWriter>,
+    counters: &'a Counters,
+    end: Instant,
+    cancel: &'a Cancel,
     buffer: Vec<u8>,
     sent: u64,
     digest: Xxh3Box,
@@ -30,9 +36,18 @@ impl std::fmt::Debug for Xxh3Box {
 }
 
 impl<'a> StateSink<'a> {
-    pub(super) fn new(writer: &'a Mutex<LaneWriter>) -> Self {
+    /// Sends over `writer` until `end`, and for as long as nobody cancels: the subject stands still meanwhile.
+    pub(super) fn new(
+        writer: &'a Mutex<LaneWriter>,
+        counters: &'a Counters,
+        end: Instant,
+        cancel: &'a Cancel,
+    ) -> Self {
         Self {
             writer,
+            counters,
+            end,
+            cancel,
             buffer: Vec::with_capacity(PIECE),
             sent: 0,
             digest: Xxh3Box(Box::new(Xxh3Default::new())),
@@ -40,10 +55,20 @@ impl<'a> StateSink<'a> {
     }
 
     fn send(&mut self) -> io::Result<()> {
+        if self.cancel.is_cancelled() {
+            return Err(io::Error::other("cancelled by the user"));
+        }
+        if Instant::now() > self.end {
+            return Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                "the link is too slow for the device state",
+            ));
+        }
         let message = Message::State { offset: self.sent };
         let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
-        writer.send(&message, &[&self.buffer])?;
+        let sent = writer.send(&message, &[&self.buffer]);
         drop(writer);
+        self.counters.frame(sent?);
         self.digest.0.update(&self.buffer);
         self.sent += self.buffer.len() as u64;
         self.buffer.clear();

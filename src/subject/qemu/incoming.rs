@@ -144,6 +144,9 @@ impl IncomingQemu {
         self.qmp.drain_events();
         let log = Log::of(self.machine.pid);
 
+        // Said when it was prepared, but somebody else may have said `cont` since: it would run what it loads at once, and
+        // the source would run on as well if the migration were then given up.
+        self.qmp.execute("stop", &Value::Null, deadline)?;
         let began = Instant::now();
         self.phase = Phase::Loading;
         let uri = json!({"uri": "fd:memferry-state"});
@@ -165,11 +168,15 @@ impl IncomingQemu {
         }?;
         self.phase = Phase::Loaded;
         match RunState::query(&mut self.qmp, deadline)? {
-            RunState::Running => Err(QemuError::RunState {
-                state: "running".to_owned(),
-                during: "its state has only been loaded",
-                remedy: "something else let it run before it was handed over; end this QEMU, the source's copy goes on",
-            }),
+            RunState::Running => {
+                // Two must not run; this one has no right to.
+                self.qmp.execute("stop", &Value::Null, deadline)?;
+                Err(QemuError::RunState {
+                    state: "running".to_owned(),
+                    during: "its state has only been loaded",
+                    remedy: "something else let it run before it was handed over; end this QEMU, the source's copy goes on",
+                })
+            }
             _ => Ok(()),
         }
     }
@@ -271,7 +278,8 @@ impl Incoming for IncomingQemu {
 
 impl Drop for IncomingQemu {
     fn drop(&mut self) {
-        if self.phase == Phase::Waiting {
+        // Loaded and not handed over: an operator decides, and is to find the settings as they were.
+        if matches!(self.phase, Phase::Waiting | Phase::Loaded) {
             // Nobody is left to be told.
             let _ = self.restore_settings(Instant::now() + LAST_ATTEMPT);
         }

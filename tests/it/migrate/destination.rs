@@ -35,6 +35,8 @@ pub(crate) struct Destination {
 pub(crate) enum Trouble {
     Accept,
     Load,
+    /// Loading takes for ever.
+    Hang,
     Run,
 }
 
@@ -253,6 +255,12 @@ impl Incoming for Newcomer {
         let mut bytes = Vec::new();
         state.read_to_end(&mut bytes).unwrap();
         assert!(bytes == device_state(), "the state is not what was saved");
+        if self.trouble == Some(Trouble::Hang) {
+            while Instant::now() < deadline {
+                std::thread::park_timeout(deadline.saturating_duration_since(Instant::now()));
+            }
+            return Err(SubjectError::new("it was not loaded in time"));
+        }
         if self.trouble == Some(Trouble::Load) {
             return Err(SubjectError::new("the test wants loading to fail"));
         }

@@ -47,6 +47,19 @@ fn fails(plan: Plan, prepare: fn(&mut Source, &mut Destination), expected: &'sta
     });
 }
 
+/// It answers every ping, so that it is not silent, and gets nowhere.
+#[test]
+fn a_destination_that_never_gets_ready_does_not_keep_the_guest_suspended() {
+    let mut plan = Plan::default();
+    plan.seed.cut_over_deadline = Duration::from_millis(500);
+    plan.leech.subject_deadline = Duration::from_secs(3);
+    fails(
+        plan,
+        |_, destination| destination.trouble = Some(destination::Trouble::Hang),
+        "the cut-over took longer than it may",
+    );
+}
+
 #[test]
 fn a_wish_to_stop_in_pre_copy_is_granted() {
     let plan = Plan {

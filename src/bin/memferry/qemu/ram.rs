@@ -146,7 +146,7 @@ pub(super) fn destination(machine: &Machine) -> anyhow::Result<DestinationRam> {
     };
     Ok(DestinationRam {
         names,
-        memory: FileRam::new(files, watch).context("cannot map the guest's RAM")?,
+        memory: FileRam::new(files, watch).context("cannot use the guest's RAM")?,
         no_post_copy,
     })
 }

@@ -28,6 +28,9 @@ pub(crate) fn run(args: &Receive, output: Output) -> anyhow::Result<()> {
     let patience = args.patience.guest_timeout;
     let deadline = Instant::now() + patience;
     let mut qmp = Qmp::connect(&args.qmp, deadline)?;
+    if let Some(pid) = args.pid {
+        qmp = qmp.with_peer_pid(pid);
+    }
     let machine = Machine::inspect(&mut qmp, deadline)?;
     let mut subject = IncomingQemu::new(qmp, machine.clone(), deadline)?;
     subject.prepare(deadline)?;

@@ -19,6 +19,9 @@ use crate::signals::cancel_on_signal;
 /// How long the connections to the receiver may take to stand.
 const CONNECT: Duration = Duration::from_secs(10);
 
+/// What a cut-over may take besides: dirty sets, device state and acknowledgements on a slow link.
+const REST: Duration = Duration::from_secs(30);
+
 /// Sends the guest.
 pub(crate) fn run(args: &Send, output: Output) -> anyhow::Result<()> {
     check_addresses(&args.pairing.address, args.insecure)?;
@@ -26,6 +29,9 @@ pub(crate) fn run(args: &Send, output: Output) -> anyhow::Result<()> {
     let patience = args.patience.guest_timeout;
     let deadline = Instant::now() + patience;
     let mut qmp = Qmp::connect(&args.qmp, deadline)?;
+    if let Some(pid) = args.pid {
+        qmp = qmp.with_peer_pid(pid);
+    }
     let machine = Machine::inspect(&mut qmp, deadline)?;
     let mut subject = OutgoingQemu::new(qmp, machine.clone())?;
     if !args.dry_run {
@@ -54,6 +60,8 @@ pub(crate) fn run(args: &Send, output: Output) -> anyhow::Result<()> {
         dry_run: args.dry_run,
         silence: args.patience.peer_timeout,
         subject_deadline: patience,
+        // What the user allows the guest and both QEMUs to take, and room for the rest.
+        cut_over_deadline: args.downtime_limit + 2 * patience + REST,
         ..SeedOptions::default()
     };
     let ram = ram::source(&machine, options.chunk_size)?;
