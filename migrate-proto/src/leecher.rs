@@ -600,6 +600,13 @@ impl Leecher {
         self.check_drained();
     }
 
+    /// To be called directly after [`handle_installed`](Self::handle_installed) if bytes of the next frame wait on
+    /// `lane` already: one credit will do for a few frames. What waits has to be taken then, whatever happens: the
+    /// seeder begins no round before every frame has its credit.
+    pub fn defer_credit(&mut self, lane: u8) {
+        self.residency.defer_credit(lane);
+    }
+
     /// Somebody waits for `chunk`. One beyond the chunk space counts as resident.
     pub fn handle_fault(&mut self, chunk: u64) -> Fault {
         if self.phase == Phase::Closed && self.residency.remote().contains(chunk) {

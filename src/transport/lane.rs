@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use migrate_proto::{DecodeError, FrameHeader, HEADER_LEN, Message, encode_frame};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// A connection that has shaken hands.
 #[derive(Debug)]
@@ -101,6 +102,17 @@ impl LaneReader {
         let message = header.message(&self.body)?;
         self.frame_len = (HEADER_LEN + header.body_len() + header.payload_len()) as u64;
         Ok((message, header.payload_len()))
+    }
+
+    /// Whether bytes wait to be read. Does not block.
+    #[must_use]
+    pub fn has_more(&self) -> bool {
+        let mut fds = [PollFd::from_borrowed_fd(self.stream.as_fd(), PollFlags::IN)];
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        matches!(poll(&mut fds, Some(&now)), Ok(1..)) && fds[0].revents() == PollFlags::IN
     }
 
     /// The length of the last frame in bytes, header and payload included.

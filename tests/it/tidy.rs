@@ -10,7 +10,7 @@ const LONGEST: usize = 700;
 /// leaves the list.
 const TOO_LONG: [(&str, usize); 2] = [
     // Each is one state machine; its data has types of its own already.
-    ("migrate-proto/src/leecher.rs", 766),
+    ("migrate-proto/src/leecher.rs", 794),
     ("migrate-proto/src/seeder.rs", 777),
 ];
 

@@ -70,6 +70,8 @@ pub(super) struct Residency {
 struct Lane {
     last: u64,
     credited: u64,
+    /// More frames wait on the lane, so that its credit can wait for theirs.
+    deferred: bool,
     /// The frame that is being received and installed, outside of this machine and at the same time as it goes on.
     receiving: Option<Receiving>,
 }
@@ -81,6 +83,9 @@ struct Receiving {
     /// What of that a dirty set has named meanwhile: those bytes are stale wherever they are now.
     overtaken: Vec<ChunkRun>,
 }
+
+/// So few frames that what they hold is a small part of any window.
+const MOST_DEFERRED: u64 = 4;
 
 /// Checks what the fields of a frame say against the chunk space and the payload.
 pub(super) fn check(layout: &Layout, chunks: &Chunks, payload: u64) -> Result<(), ProtocolError> {
@@ -305,6 +310,7 @@ impl Residency {
         }
         if let Some(lane) = self.lanes.get_mut(usize::from(lane)) {
             lane.last = chunks.sequence;
+            lane.deferred = false;
         }
         if overtaken.is_empty() {
             return None;
@@ -351,13 +357,20 @@ impl Residency {
         None
     }
 
+    /// More frames wait on `lane`: its credit may be given with theirs, for a few of them.
+    pub(super) fn defer_credit(&mut self, lane: u8) {
+        if let Some(lane) = self.lanes.get_mut(usize::from(lane)) {
+            lane.deferred = lane.last - lane.credited < MOST_DEFERRED;
+        }
+    }
+
     /// A lane whose last frame the seeder has not been told about.
     pub(super) fn credit(&mut self) -> Option<(u8, u64)> {
         let (index, lane) = self
             .lanes
             .iter_mut()
             .enumerate()
-            .find(|(_, lane)| lane.credited < lane.last)?;
+            .find(|(_, lane)| lane.credited < lane.last && !lane.deferred)?;
         lane.credited = lane.last;
         Some((u8::try_from(index).expect("256 lanes at most"), lane.last))
     }

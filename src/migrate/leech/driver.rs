@@ -57,6 +57,8 @@ struct Course {
     phase: Option<Phase>,
     owned: bool,
     armed: bool,
+    /// The memory is complete, but it could not be disarmed: the guest waits for pages that nobody brings.
+    watched: bool,
     complete: Option<Duration>,
     state_bytes: u64,
     verified: Option<Verdict>,
@@ -278,8 +280,9 @@ impl<'a> Driver<'a> {
                     course.complete = Some(self.clock.elapsed());
                     self.faults.stop();
                     self.enter(&mut course, Phase::Verifying);
-                    self.memory
-                        .disarm()
+                    let disarmed = self.memory.disarm();
+                    course.watched = disarmed.is_err();
+                    disarmed
                         .map_err(local("cannot stop watching the guest's memory"))
                         .map(|()| monitor.tell(Leecher::handle_disarmed))
                 }
@@ -316,7 +319,9 @@ impl<'a> Driver<'a> {
                 Event::Lost { missing: 0, .. } => {
                     // All is here; only the farewell is missing, or the comparison.
                     self.faults.stop();
-                    if let Some(cause) = course.failure.take() {
+                    if course.watched
+                        && let Some(cause) = course.failure.take()
+                    {
                         return Err(LeechError::Lost { cause, missing: 0 });
                     }
                     let _ = self.memory.disarm();

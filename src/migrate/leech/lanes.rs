@@ -129,6 +129,9 @@ impl Receiving<'_> {
         self.count(layout, &parts);
         let mut state = self.monitor.lock();
         state.machine.handle_installed(lane, &chunks, &parts);
+        if reader.has_more() {
+            state.machine.defer_credit(lane);
+        }
         drop(state);
         if !direct {
             self.wake_for_zeros(layout, &parts)?;
