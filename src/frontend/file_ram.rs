@@ -195,7 +195,17 @@ impl Install for FileRam {
     }
 
     fn write(&self, place: Place, data: &[u8]) -> io::Result<()> {
-        self.regions[place.region].write_all_at(data, place.offset)
+        self.regions[place.region]
+            .write_all_at(data, place.offset)
+            .map_err(|error| match error.kind() {
+                io::ErrorKind::StorageFull
+                | io::ErrorKind::QuotaExceeded
+                | io::ErrorKind::OutOfMemory => io::Error::new(
+                    io::ErrorKind::StorageFull,
+                    format!("there is no room in the file system of the guest's RAM, or no memory: {error}"),
+                ),
+                _ => error,
+            })
     }
 
     fn check_room(&self, bytes: &[u64]) -> io::Result<()> {

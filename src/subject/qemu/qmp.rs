@@ -108,7 +108,13 @@ impl Qmp {
         }
         // QEMU serves one client: it has to see the end of the old connection first.
         let _ = self.stream.shutdown(std::net::Shutdown::Both);
-        let fresh = Self::connect(&self.path, deadline)?;
+        let fresh = Self::connect(&self.path, deadline).map_err(|error| match error {
+            // It was there before: nobody listens any more because QEMU has ended.
+            QmpError::Connect { .. } => QmpError::Closed {
+                during: "connecting again".to_owned(),
+            },
+            error => error,
+        })?;
         let peer_pid = self.peer_pid;
         *self = Self { peer_pid, ..fresh };
         Ok(())
