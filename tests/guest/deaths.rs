@@ -502,6 +502,31 @@ fn a_guest_whose_sender_was_killed_in_post_copy_waits_and_the_receiver_says_what
 
 #[test]
 #[ignore = "guest: needs qemu-system-x86_64"]
+fn a_destination_qemu_that_dies_in_post_copy_is_told_there() {
+    let mut journey = slow_post_copy();
+    journey.to.kill();
+    // The source has let go of the guest and of its memory, all of which came.
+    journey
+        .receive
+        .ends(3, &["does not answer any more", "Never both"]);
+    let counted = journey.vm.count();
+    let (code, said) = journey.send.end();
+    assert!(matches!(code, Some(0 | 3)), "{code:?}: {said}");
+    assert_eq!(journey.vm.count(), counted, "the source never runs again");
+}
+
+#[test]
+#[ignore = "guest: needs qemu-system-x86_64"]
+fn a_source_qemu_that_dies_in_post_copy_leaves_its_memory_to_the_sender() {
+    let mut journey = slow_post_copy();
+    journey.vm.kill();
+    journey.send.ends(0, &[]);
+    journey.receive.ends(0, &[]);
+    journey.to.wait_until_it_counts();
+}
+
+#[test]
+#[ignore = "guest: needs qemu-system-x86_64"]
 fn a_guest_waits_in_post_copy_for_what_it_reads_and_gets_it() {
     let mut journey = slow_post_copy();
     let read = read_absent(&journey.to);

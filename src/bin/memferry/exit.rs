@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use memferry::migrate::{LeechError, SeedError};
+use memferry::subject::qemu::QemuError;
 use serde_json::json;
 
 /// The two copies of the memory are not the same.
@@ -17,6 +18,15 @@ pub(crate) struct Different {
     /// Chunks that were compared.
     pub(crate) compared: u64,
 }
+
+/// The destination QEMU has ended after hand-over.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the guest was handed over and all of its memory has come, but the QEMU here does not answer any more. If it has ended, the guest is \
+     lost as it was here; the source stands still with the guest as it was at hand-over, and `cont` on the source QEMU's QMP socket \
+     lets that run. Never both"
+)]
+pub(crate) struct Ended(#[source] pub(crate) QemuError);
 
 /// Prints what went wrong, if something did.
 pub(crate) fn report(result: anyhow::Result<()>, json: bool) -> ExitCode {
@@ -53,6 +63,7 @@ fn code(error: &anyhow::Error) -> u8 {
                 | LeechError::NotRunning { .. },
             ),
         ) => 3,
+        _ if error.is::<Ended>() => 3,
         _ if error.is::<Different>() => 4,
         _ => 1,
     }

@@ -127,6 +127,15 @@ impl IncomingQemu {
         Ok(())
     }
 
+    /// Whether QEMU still answers; what the guest does in it does not matter.
+    ///
+    /// # Errors
+    /// If it has ended, or does not answer by the deadline.
+    pub fn answers(&mut self, deadline: Instant) -> Result<(), QemuError> {
+        self.qmp.reconnect_if_broken(deadline)?;
+        RunState::query(&mut self.qmp, deadline).map(drop)
+    }
+
     fn load_guest(&mut self, state: &mut dyn Read, deadline: Instant) -> Result<(), QemuError> {
         if self.phase != Phase::Waiting {
             return Err(QemuError::Order {

@@ -14,7 +14,7 @@ use serde_json::json;
 
 use super::{check_encryption, ram};
 use crate::args::Receive;
-use crate::exit::Different;
+use crate::exit::{Different, Ended};
 use crate::output::{Output, seconds};
 use crate::signals::cancel_on_signal;
 
@@ -69,7 +69,11 @@ pub(crate) fn run(args: &Receive, output: Output) -> anyhow::Result<()> {
         });
         let _ = shown.join();
         match result? {
-            LeechOutcome::Moved(report) => return conclude(&report, output),
+            LeechOutcome::Moved(report) => {
+                // It may have ended while the rest of the memory came, which no page fault tells.
+                subject.answers(Instant::now() + patience).map_err(Ended)?;
+                return conclude(&report, output);
+            }
             LeechOutcome::DryRun => {
                 output.event("dry-run", &json!({}));
                 output.remark("A dry run has ended; nothing was changed. Still waiting, the string above is still good.");
