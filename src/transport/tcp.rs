@@ -205,7 +205,9 @@ impl Listener {
     /// If the listening socket fails.
     pub fn turn_away(&self, pairing: &Pairing, mut wait: impl FnMut() -> bool) -> io::Result<()> {
         while wait() {
-            if self.wait_for_connection()? {
+            // A connection that comes when the session is just over is left to the next accept: after a dry run the
+            // pairing is still good.
+            if self.wait_for_connection()? && wait() {
                 let (stream, _) = self.socket.accept()?;
                 // Who does not take the answer need not have it.
                 let end = Instant::now() + TURN_AWAY;
