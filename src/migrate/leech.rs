@@ -7,9 +7,8 @@ mod state;
 
 use std::sync::mpsc::Sender;
 
-use migrate_proto::{Layout, ProtocolError};
-
 use super::cancel::Cancel;
+use super::ending::Cause;
 use super::options::LeechOptions;
 use super::progress::{LeechReport, Progress, Reporter};
 use crate::chunk::Install;
@@ -37,7 +36,7 @@ pub enum LeechError {
     Aborted {
         /// Why.
         #[source]
-        cause: LeechCause,
+        cause: Cause,
     },
     /// The session broke at the very moment of hand-over.
     #[error(
@@ -48,7 +47,7 @@ pub enum LeechError {
     Undecided {
         /// Why.
         #[source]
-        cause: LeechCause,
+        cause: Cause,
     },
     /// The subject is owned here, and the session broke before all memory had followed.
     #[error(
@@ -58,7 +57,7 @@ pub enum LeechError {
     Lost {
         /// Why.
         #[source]
-        cause: LeechCause,
+        cause: Cause,
         /// Bytes that only the source has.
         missing: u64,
     },
@@ -69,25 +68,6 @@ pub enum LeechError {
     NotRunning {
         /// Why.
         cause: SubjectError,
-    },
-}
-
-/// What ended a session.
-#[derive(Debug, thiserror::Error)]
-pub enum LeechCause {
-    /// The protocol, the peer or the network.
-    #[error(transparent)]
-    Protocol(#[from] ProtocolError),
-    /// The subject.
-    #[error(transparent)]
-    Subject(#[from] SubjectError),
-    /// Something on this machine.
-    #[error("{what}: {source}")]
-    Local {
-        /// What was attempted.
-        what: &'static str,
-        /// Why it failed.
-        source: std::io::Error,
     },
 }
 
@@ -114,9 +94,4 @@ pub fn leech(
     assert_eq!(names.len(), memory.lens().len(), "one name a region");
     let reporter = Reporter(progress);
     Driver::new(session, names, memory, options, &reporter, cancel).run(subject)
-}
-
-/// Bytes of `chunks` chunks, the last ones counted whole.
-fn bytes_of(layout: &Layout, chunks: u64) -> u64 {
-    (chunks * u64::from(layout.chunk_size().bytes())).min(layout.bytes())
 }

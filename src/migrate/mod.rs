@@ -15,6 +15,7 @@
 
 mod cancel;
 mod clock;
+mod ending;
 mod leech;
 mod monitor;
 mod on_panic;
@@ -24,8 +25,9 @@ mod progress;
 mod seed;
 
 pub use cancel::Cancel;
-pub use leech::{LeechCause, LeechError, LeechOutcome, leech};
+pub use ending::Cause;
+pub use leech::{LeechError, LeechOutcome, leech};
 pub use migrate_proto::{Budget, Decision, Observation, PostCopy, Verify};
 pub use options::{LeechOptions, SeedOptions};
 pub use progress::{Forecast, LeechReport, Phase, Progress, SeedReport, Side, Traffic, Verdict};
-pub use seed::{Cause, SeedError, SeedOutcome, SourceRegion, seed};
+pub use seed::{SeedError, SeedOutcome, SourceRegion, seed};

@@ -9,11 +9,11 @@ mod state;
 
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
-use std::time::Duration;
 
-use migrate_proto::{ChunkBitmap, Layout, ProtocolError, RegionDescriptor};
+use migrate_proto::{ChunkBitmap, Layout, RegionDescriptor};
 
 use super::cancel::Cancel;
+use super::ending::Cause;
 use super::options::SeedOptions;
 use super::progress::{Forecast, Progress, Reporter, SeedReport};
 use crate::chunk::Storage;
@@ -105,25 +105,6 @@ pub enum SeedError {
     },
 }
 
-/// What ended a session.
-#[derive(Debug, thiserror::Error)]
-pub enum Cause {
-    /// The protocol, the peer or the network.
-    #[error(transparent)]
-    Protocol(#[from] ProtocolError),
-    /// The subject.
-    #[error(transparent)]
-    Subject(#[from] SubjectError),
-    /// Something on this machine.
-    #[error("{what}: {source}")]
-    Local {
-        /// What was attempted.
-        what: &'static str,
-        /// Why it failed.
-        source: std::io::Error,
-    },
-}
-
 /// Sends `regions` and `subject` over `session`; returns when the session has ended.
 ///
 /// Blocks for as long as that takes; progress goes to `progress`. The subject and the trackers are in the state that the
@@ -154,11 +135,6 @@ pub fn seed(
         .expect("regions have bytes, and fewer than 2^64");
     let reporter = Reporter(progress);
     Driver::new(session, regions, &layout, options, &reporter, cancel).run(subject)
-}
-
-/// Bytes of `chunks` chunks, the last ones counted whole.
-fn bytes_of(layout: &Layout, chunks: u64) -> u64 {
-    (chunks * u64::from(layout.chunk_size().bytes())).min(layout.bytes())
 }
 
 /// The chunks that may hold anything but zeros.
@@ -218,6 +194,3 @@ fn restore_dirty(
     }
     Ok(())
 }
-
-/// How long the last messages may take to reach the peer once the session has ended.
-const LINGER: Duration = Duration::from_secs(2);

@@ -107,7 +107,7 @@ fn message(error: &anyhow::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use memferry::migrate::{Cause, LeechCause};
+    use memferry::migrate::Cause;
     use memferry::subject::SubjectError;
 
     fn check(error: impl Into<anyhow::Error>, expected: u8) {
@@ -127,7 +127,7 @@ mod tests {
             },
             3,
         );
-        let cause = LeechCause::Subject(SubjectError::new("it is gone"));
+        let cause = Cause::Subject(SubjectError::new("it is gone"));
         check(LeechError::Undecided { cause }, 3);
     }
 

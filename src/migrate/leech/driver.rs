@@ -1,6 +1,5 @@
 //! The script of the destination: what to do at each event of the state machine.
 
-use std::io;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -14,10 +13,11 @@ use migrate_proto::{
 use super::faults::{FaultCounters, serve_faults};
 use super::lanes::Receiving;
 use super::state::IncomingState;
-use super::{LeechCause, LeechError, LeechOutcome, bytes_of};
+use super::{LeechError, LeechOutcome};
 use crate::chunk::Install;
 use crate::migrate::cancel::Cancel;
 use crate::migrate::clock::{Clock, micros};
+use crate::migrate::ending::{Cause, LINGER, bytes_of, local, wait_until};
 use crate::migrate::monitor::Monitor;
 use crate::migrate::on_panic::OnPanic;
 use crate::migrate::options::LeechOptions;
@@ -30,9 +30,6 @@ use crate::transport::{LaneError, LaneReader, LaneWriter, Session};
 
 /// How often progress is reported, and how long a wish to cancel may go unnoticed.
 const TICK: Duration = Duration::from_millis(100);
-
-/// How long the last messages may take to reach the peer once the session has ended.
-const LINGER: Duration = Duration::from_secs(2);
 
 /// How many digests go into a frame: 512 KiB of them.
 const DIGESTS: u64 = 64 << 10;
@@ -62,7 +59,7 @@ struct Course {
     complete: Option<Duration>,
     state_bytes: u64,
     verified: Option<Verdict>,
-    failure: Option<LeechCause>,
+    failure: Option<Cause>,
     not_running: Option<SubjectError>,
 }
 
@@ -91,7 +88,7 @@ impl<'a> Driver<'a> {
     /// Runs the session to its end.
     pub(super) fn run(self, subject: &mut dyn Incoming) -> Result<LeechOutcome, LeechError> {
         let aborted = |source| LeechError::Aborted {
-            cause: LeechCause::Local {
+            cause: Cause::Local {
                 what: "cannot begin a session",
                 source,
             },
@@ -307,13 +304,13 @@ impl<'a> Driver<'a> {
                     let _ = self.memory.disarm();
                     let cause = course.failure.take();
                     return Err(LeechError::Aborted {
-                        cause: cause.unwrap_or(LeechCause::Protocol(error)),
+                        cause: cause.unwrap_or(Cause::Protocol(error)),
                     });
                 }
                 Event::Undecided { error } => {
                     let cause = course.failure.take();
                     return Err(LeechError::Undecided {
-                        cause: cause.unwrap_or(LeechCause::Protocol(error)),
+                        cause: cause.unwrap_or(Cause::Protocol(error)),
                     });
                 }
                 Event::Lost { missing: 0, .. } => {
@@ -331,7 +328,7 @@ impl<'a> Driver<'a> {
                 Event::Lost { error, missing } => {
                     let cause = course.failure.take();
                     return Err(LeechError::Lost {
-                        cause: cause.unwrap_or(LeechCause::Protocol(error)),
+                        cause: cause.unwrap_or(Cause::Protocol(error)),
                         missing: bytes_of(&self.layout(monitor), missing),
                     });
                 }
@@ -408,7 +405,7 @@ impl<'a> Driver<'a> {
         monitor: &Monitor<Leecher>,
         subject: &dyn Incoming,
         course: &mut Course,
-    ) -> Result<(), LeechCause> {
+    ) -> Result<(), Cause> {
         let (theirs, agreement) = {
             let state = monitor.lock();
             let machine = &state.machine;
@@ -445,7 +442,7 @@ impl<'a> Driver<'a> {
         remote: &ChunkBitmap,
         course: &mut Course,
         serve_faults: &mut dyn FnMut(),
-    ) -> Result<(), LeechCause> {
+    ) -> Result<(), Cause> {
         if remote.is_empty() {
             return Ok(());
         }
@@ -474,7 +471,7 @@ impl<'a> Driver<'a> {
         &self,
         monitor: &Monitor<Leecher>,
         writer: &Mutex<LaneWriter>,
-    ) -> Result<(), LeechCause> {
+    ) -> Result<(), Cause> {
         let chunks = self.layout(monitor).chunks();
         monitor
             .flush(writer, &mut |writer: &mut LaneWriter, message: &Message| {
@@ -510,7 +507,7 @@ impl<'a> Driver<'a> {
         subject: &mut dyn Incoming,
         len: u64,
         digest: u64,
-    ) -> Result<(), LeechCause> {
+    ) -> Result<(), Cause> {
         let mut state = state
             .finish(len, digest)
             .map_err(local("cannot use the device state"))?;
@@ -557,17 +554,6 @@ impl<'a> Driver<'a> {
     }
 }
 
-fn local(what: &'static str) -> impl FnOnce(io::Error) -> LeechCause {
-    move |source| LeechCause::Local { what, source }
-}
-
 fn lock(writer: &Mutex<LaneWriter>) -> MutexGuard<'_, LaneWriter> {
     writer.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Waits for `done`, until `end` at the latest. Only ever at the end of a session, where nothing signals.
-fn wait_until(end: Instant, done: impl Fn() -> bool) {
-    while !done() && Instant::now() < end {
-        thread::park_timeout(Duration::from_micros(200));
-    }
 }

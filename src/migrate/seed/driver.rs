@@ -17,13 +17,11 @@ use super::forecast;
 use super::lanes::Sending;
 use super::let_go::LetGo;
 use super::state::StateSink;
-use super::{
-    Cause, LINGER, SeedError, SeedOutcome, SourceRegion, bytes_of, present_chunks, restore_dirty,
-    take_dirty,
-};
+use super::{SeedError, SeedOutcome, SourceRegion, present_chunks, restore_dirty, take_dirty};
 use crate::dirty::DirtyTracker;
 use crate::migrate::cancel::Cancel;
 use crate::migrate::clock::{Clock, duration, micros};
+use crate::migrate::ending::{Cause, LINGER, bytes_of, local, wait_until};
 use crate::migrate::monitor::Monitor;
 use crate::migrate::on_panic::OnPanic;
 use crate::migrate::options::SeedOptions;
@@ -657,16 +655,5 @@ impl<'a> Driver<'a> {
 
     fn digests(&self) -> std::sync::MutexGuard<'_, Option<Digests>> {
         self.digests.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-fn local(what: &'static str) -> impl FnOnce(io::Error) -> Cause {
-    move |source| Cause::Local { what, source }
-}
-
-/// Waits for `done`, until `end` at the latest. Only ever at the end of a session, where nothing signals.
-fn wait_until(end: Instant, done: impl Fn() -> bool) {
-    while !done() && Instant::now() < end {
-        thread::park_timeout(Duration::from_micros(200));
     }
 }
