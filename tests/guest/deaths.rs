@@ -460,6 +460,15 @@ fn assert_waits(to: &Vm) {
     assert!(userfaultfds(to) > 0, "its own copy keeps it waiting");
 }
 
+/// The guest runs at the destination, waits where memory is missing, and never runs at the source again.
+fn assert_owned_there_and_waiting(journey: &mut Journey) {
+    assert_waits(&journey.to);
+    assert_free(&journey.to);
+    let counted = journey.vm.count();
+    journey.to.wait_until_it_counts();
+    assert_eq!(journey.vm.count(), counted, "the source never runs again");
+}
+
 #[test]
 #[ignore = "guest: needs qemu-system-x86_64"]
 fn a_guest_whose_receiver_was_killed_in_post_copy_waits_and_the_sender_says_what_to_do() {
@@ -474,11 +483,7 @@ fn a_guest_whose_receiver_was_killed_in_post_copy_waits_and_the_sender_says_what
             "By hand: ",
         ],
     );
-    assert_waits(&journey.to);
-    assert_free(&journey.to);
-    let counted = journey.vm.count();
-    journey.to.wait_until_it_counts();
-    assert_eq!(journey.vm.count(), counted, "the source never runs again");
+    assert_owned_there_and_waiting(&mut journey);
 }
 
 #[test]
@@ -493,11 +498,7 @@ fn a_guest_whose_sender_was_killed_in_post_copy_waits_and_the_receiver_says_what
             "Do not resume the guest at the source",
         ],
     );
-    assert_waits(&journey.to);
-    assert_free(&journey.to);
-    let counted = journey.vm.count();
-    journey.to.wait_until_it_counts();
-    assert_eq!(journey.vm.count(), counted, "the source never runs again");
+    assert_owned_there_and_waiting(&mut journey);
 }
 
 #[test]
