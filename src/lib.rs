@@ -6,6 +6,8 @@ pub mod chunk;
 pub mod dirty;
 pub mod frontend;
 pub mod migrate;
+pub mod mount;
+pub mod nbd;
 pub mod subject;
 #[allow(unsafe_code, reason = "the one folder that may; see its docs")]
 pub mod sys;

@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::Errno;
 
-use crate::chunk::Storage;
+use crate::chunk::{Storage, write_zeros};
 use crate::sys::mapping::page_size;
 use crate::sys::sparse::{next_data, next_hole};
 
@@ -124,14 +124,23 @@ impl Storage for FileStorage {
         self.file.sync_data()
     }
 
-    fn data_ranges(&self) -> io::Result<Vec<Range<u64>>> {
+    fn zero(&self, range: Range<u64>) -> io::Result<()> {
+        match self.punch(range.clone()) {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => write_zeros(self, range),
+            punched => punched,
+        }
+    }
+
+    fn data_ranges(&self, within: Range<u64>) -> io::Result<Vec<Range<u64>>> {
+        let end_of_all = within.end.min(self.len);
         let mut ranges = Vec::new();
-        let mut next = 0;
-        while next < self.len {
-            let Some(start) = next_data(&self.file, next)?.filter(|&start| start < self.len) else {
+        let mut next = within.start;
+        while next < end_of_all {
+            let Some(start) = next_data(&self.file, next)?.filter(|&start| start < end_of_all)
+            else {
                 break;
             };
-            let end = next_hole(&self.file, start)?.map_or(self.len, |end| end.min(self.len));
+            let end = next_hole(&self.file, start)?.map_or(end_of_all, |end| end.min(end_of_all));
             // The data may have been punched between the two questions.
             if end > start {
                 ranges.push(start..end);
@@ -173,7 +182,7 @@ mod tests {
     #[test]
     fn holes_are_left_out_and_reading_them_does_not_fill_them() {
         for storage in files(1 << 20) {
-            assert_eq!(storage.data_ranges().unwrap(), []);
+            assert_eq!(storage.data_ranges(0..storage.len()).unwrap(), []);
             let mut buf = vec![1; 1 << 20];
             storage.read_exact_at(&mut buf, 0).unwrap();
             assert!(buf.iter().all(|&byte| byte == 0));
@@ -182,7 +191,7 @@ mod tests {
             storage.write_all_at(&[1; 4096], 1 << 19).unwrap();
             storage.flush().unwrap();
             assert_eq!(
-                storage.data_ranges().unwrap(),
+                storage.data_ranges(0..storage.len()).unwrap(),
                 [8192..12288, 1 << 19..(1 << 19) + 4096]
             );
         }
@@ -192,7 +201,7 @@ mod tests {
     fn a_length_that_is_no_multiple_of_a_page_works_up_to_its_last_byte() {
         for storage in files(4097) {
             storage.write_all_at(&[9], 4096).unwrap();
-            let ranges = storage.data_ranges().unwrap();
+            let ranges = storage.data_ranges(0..storage.len()).unwrap();
             assert_eq!(ranges.last().unwrap().end, 4097);
             let mut buf = [0; 2];
             storage.read_exact_at(&mut buf, 4095).unwrap();
@@ -220,7 +229,10 @@ mod tests {
                 let punched = (4096..16384).contains(&offset) || offset == 20_000;
                 assert_eq!(*byte, u8::from(!punched), "byte {offset}");
             }
-            assert_eq!(storage.data_ranges().unwrap(), [0..4096, 16384..65536]);
+            assert_eq!(
+                storage.data_ranges(0..storage.len()).unwrap(),
+                [0..4096, 16384..65536]
+            );
             let beyond = storage.punch(0..65537).unwrap_err();
             assert_eq!(beyond.kind(), io::ErrorKind::UnexpectedEof);
         }
@@ -232,7 +244,7 @@ mod tests {
         for storage in files(4096 + 100) {
             storage.write_all_at(&[1; 4196], 0).unwrap();
             storage.punch(4096..4196).unwrap();
-            let ranges = storage.data_ranges().unwrap();
+            let ranges = storage.data_ranges(0..storage.len()).unwrap();
             assert_eq!((ranges.len(), ranges[0].end), (1, 4096));
             assert_eq!(storage.file().metadata().unwrap().len(), 4196);
         }
@@ -242,7 +254,7 @@ mod tests {
     fn a_terabyte_of_holes_is_looked_through_at_once() {
         let storage = FileStorage::new(memfd("sparse", 1 << 40).unwrap()).unwrap();
         storage.write_all_at(&[1], (1 << 40) - 1).unwrap();
-        let ranges = storage.data_ranges().unwrap();
+        let ranges = storage.data_ranges(0..storage.len()).unwrap();
         assert_eq!((ranges.len(), ranges[0].start), (1, (1 << 40) - 4096));
     }
 

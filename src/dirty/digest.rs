@@ -79,7 +79,7 @@ impl Digest {
         let mut block = vec![0; self.chunk_size.bytes() as usize];
         let zeros = xxh3_64(&block);
         let mut data = ChunkBitmap::empty(self.chunks());
-        for range in self.storage.data_ranges()? {
+        for range in self.storage.data_ranges(0..self.storage.len())? {
             let start = range.start / size;
             let count = self.chunk_size.chunks_in(range.end).saturating_sub(start);
             data.insert_run(crate::chunk::ChunkRun::new(start, count));
@@ -134,8 +134,12 @@ impl Storage for Observed {
         self.0.storage.flush()
     }
 
-    fn data_ranges(&self) -> io::Result<Vec<Range<u64>>> {
-        self.0.storage.data_ranges()
+    fn zero(&self, range: Range<u64>) -> io::Result<()> {
+        self.0.storage.zero(range)
+    }
+
+    fn data_ranges(&self, within: Range<u64>) -> io::Result<Vec<Range<u64>>> {
+        self.0.storage.data_ranges(within)
     }
 }
 

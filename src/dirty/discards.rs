@@ -51,7 +51,7 @@ impl Discards {
 
     fn data(&self) -> io::Result<ChunkBitmap> {
         let mut data = ChunkBitmap::empty(ChunkSize::PAGE.chunks_in(self.storage.len()));
-        for range in self.storage.data_ranges()? {
+        for range in self.storage.data_ranges(0..self.storage.len())? {
             data.insert_run(covering(&range, ChunkSize::PAGE));
         }
         Ok(data)

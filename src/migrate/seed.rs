@@ -141,7 +141,7 @@ pub fn seed(
 fn present_chunks(regions: &[SourceRegion], layout: &Layout) -> std::io::Result<ChunkBitmap> {
     let mut present = ChunkBitmap::empty(layout.chunks());
     for (index, region) in regions.iter().enumerate() {
-        for range in region.storage.data_ranges()? {
+        for range in region.storage.data_ranges(0..region.storage.len())? {
             present.insert_run(layout.chunks_touched(index, range.start, range.end - range.start));
         }
     }

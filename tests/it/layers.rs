@@ -22,12 +22,14 @@ const fn layer(name: &'static str, uses: &'static [&'static str]) -> Layer {
 }
 
 /// From the bottom up. `migrate_proto` is the crate of the protocol.
-const LAYERS: [Layer; 10] = [
+const LAYERS: [Layer; 12] = [
     // What is unsafe depends on nothing, so that it can be audited alone.
     layer("sys", &[]),
+    // What is said to a network block device; both ends of it are built on this.
+    layer("nbd", &[]),
     layer("chunk", &["migrate_proto"]),
     layer("attach", &["sys"]),
-    layer("backend", &["chunk", "sys"]),
+    layer("backend", &["chunk", "nbd", "sys"]),
     Layer {
         name: "dirty",
         uses: &["chunk", "sys"],
@@ -35,7 +37,7 @@ const LAYERS: [Layer; 10] = [
         tests_use: &["backend"],
     },
     // A front end shows what is kept somewhere: a guest's RAM is a file that is written and punched.
-    layer("frontend", &["backend", "chunk", "sys"]),
+    layer("frontend", &["backend", "chunk", "nbd", "sys"]),
     layer("subject", &["attach"]),
     layer("transport", &["migrate_proto"]),
     // `sys`, because the device state is kept in a memfd while it comes in.
@@ -50,6 +52,8 @@ const LAYERS: [Layer; 10] = [
             "transport",
         ],
     ),
+    // A mount joins a back end and a front end.
+    layer("mount", &["backend", "chunk", "dirty", "frontend", "sys"]),
     // The command is outside of the library: it uses its public interface, and its own modules.
     layer("bin", &["*"]),
 ];

@@ -188,16 +188,17 @@ impl<M: GuestMemoryBackend + Send + Sync> Storage for GuestRam<M> {
         Ok(())
     }
 
-    fn data_ranges(&self) -> io::Result<Vec<Range<u64>>> {
+    fn data_ranges(&self, within: Range<u64>) -> io::Result<Vec<Range<u64>>> {
+        let within = within.start..within.end.min(self.len);
+        if within.start >= within.end {
+            return Ok(Vec::new());
+        }
         let Some(Backing { storage, offset }) = &self.file else {
-            let all = 0..self.len;
-            return Ok(vec![all]);
+            return Ok(vec![within]);
         };
-        let within = *offset..offset.saturating_add(self.len);
-        let ranges = storage.data_ranges()?.into_iter();
+        let in_file = within.start.saturating_add(*offset)..within.end.saturating_add(*offset);
+        let ranges = storage.data_ranges(in_file)?.into_iter();
         Ok(ranges
-            .map(|data| data.start.max(within.start)..data.end.min(within.end))
-            .filter(|data| data.start < data.end)
             .map(|data| data.start - offset..data.end - offset)
             .collect())
     }
@@ -320,7 +321,7 @@ mod tests {
     }
 
     fn data(ram: &impl Storage) -> Vec<(u64, u64)> {
-        let ranges = ram.data_ranges().unwrap().into_iter();
+        let ranges = ram.data_ranges(0..ram.len()).unwrap().into_iter();
         ranges.map(|range| (range.start, range.end)).collect()
     }
 

@@ -1,0 +1,1 @@
+//! Remote memory as a path, a file or a slice of this machine.
