@@ -23,6 +23,8 @@ pub struct FileStorage {
     len: u64,
     /// Where the last page ends, if there is anything behind the last byte.
     end_of_pages: u64,
+    /// Whether the file system keeps it in memory.
+    in_memory: bool,
 }
 
 impl FileStorage {
@@ -44,10 +46,12 @@ impl FileStorage {
                 "only a regular file or a block device has bytes at positions",
             ));
         };
+        let in_memory = metadata.is_file() && is_of_tmpfs(&file);
         Ok(Self {
             file,
             len,
             end_of_pages,
+            in_memory,
         })
     }
 
@@ -151,12 +155,22 @@ impl Storage for FileStorage {
         }
         Ok(ranges)
     }
+
+    fn is_at_hand(&self, _range: Range<u64>) -> bool {
+        self.in_memory
+    }
 }
 
 impl AsFd for FileStorage {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
+}
+
+/// A memfd is a file of a tmpfs, too.
+fn is_of_tmpfs(file: &File) -> bool {
+    const TMPFS_MAGIC: u64 = 0x0102_1994;
+    rustix::fs::fstatfs(file).is_ok_and(|about| u64::try_from(about.f_type) == Ok(TMPFS_MAGIC))
 }
 
 fn outside(len: u64) -> io::Error {

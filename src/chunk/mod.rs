@@ -1,12 +1,15 @@
 //! Regions as bytes at positions, and the chunks they are cut into.
 
 mod install;
+mod marks;
 mod storage;
 mod store;
-
+pub(crate) mod sync;
 pub use install::{Install, Place};
+pub use marks::Marks;
 pub use migrate_proto::{
     ChunkBitmap, ChunkIndex, ChunkRun, ChunkSize, Layout, RegionDescriptor, Span,
 };
+pub(crate) use storage::check_range;
 pub use storage::{Storage, write_zeros};
 pub use store::ChunkStore;

@@ -92,6 +92,20 @@ pub fn write_zeros<S: Storage + ?Sized>(storage: &S, range: Range<u64>) -> io::R
     Ok(())
 }
 
+/// Checks that `count` bytes from `offset` on are within a storage of `len` bytes.
+///
+/// # Errors
+/// [`io::ErrorKind::UnexpectedEof`] if they are not, which [`Storage`] promises.
+pub(crate) fn check_range(len: u64, offset: u64, count: u64) -> io::Result<()> {
+    match offset.checked_add(count) {
+        Some(end) if end <= len => Ok(()),
+        _ => Err(io::Error::new(
+            io::ErrorKind::UnexpectedEof,
+            format!("{count} bytes at {offset} are outside of a storage of {len} bytes"),
+        )),
+    }
+}
+
 impl<S: Storage + ?Sized> Storage for Arc<S> {
     fn len(&self) -> u64 {
         (**self).len()
