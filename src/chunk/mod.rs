@@ -1,10 +1,13 @@
 //! Regions as bytes at positions, and the chunks they are cut into.
 
+mod atomic_bitmap;
 mod install;
 mod marks;
 mod storage;
 mod store;
 pub(crate) mod sync;
+
+pub(crate) use atomic_bitmap::AtomicBitmap;
 pub use install::{Install, Place};
 pub use marks::Marks;
 pub use migrate_proto::{

@@ -7,6 +7,7 @@ mod digest;
 mod discards;
 mod populated;
 mod soft_dirty;
+mod tracked;
 mod union;
 mod write_protect;
 
@@ -14,6 +15,7 @@ pub use area::Area;
 pub use digest::Digest;
 pub use discards::Discards;
 pub use soft_dirty::{Halt, SoftDirty};
+pub use tracked::Tracked;
 pub use union::Union;
 pub use write_protect::WriteProtect;
 

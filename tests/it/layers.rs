@@ -27,7 +27,12 @@ const LAYERS: [Layer; 12] = [
     layer("sys", &[]),
     // What is said to a network block device; both ends of it are built on this.
     layer("nbd", &[]),
-    layer("chunk", &["migrate_proto"]),
+    Layer {
+        name: "chunk",
+        uses: &["migrate_proto"],
+        // A layer of the pipeline is tried over a storage in memory.
+        tests_use: &["backend"],
+    },
     layer("attach", &["sys"]),
     layer("backend", &["chunk", "nbd", "sys"]),
     Layer {
