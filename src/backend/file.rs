@@ -187,6 +187,20 @@ mod tests {
     use super::*;
     use crate::sys::memfd::memfd;
 
+    mod on_a_file_system {
+        crate::chunk::conformance::storage_conformance!(|len| {
+            let [_, ordinary] = super::files(len);
+            std::sync::Arc::new(ordinary) as _
+        });
+    }
+
+    mod in_memory {
+        crate::chunk::conformance::storage_conformance!(|len| {
+            let [memfd, _] = super::files(len);
+            std::sync::Arc::new(memfd) as _
+        });
+    }
+
     fn files(len: u64) -> [FileStorage; 2] {
         let ordinary = tempfile::tempfile().unwrap();
         ordinary.set_len(len).unwrap();

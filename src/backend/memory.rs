@@ -225,7 +225,11 @@ fn in_memory(at: u64) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+
+    crate::chunk::conformance::storage_conformance!(|len| Arc::new(MemoryStorage::new(len)) as _);
 
     #[test]
     fn nothing_is_allocated_before_it_is_written_and_zeroing_gives_it_back() {

@@ -1,8 +1,11 @@
 //! Regions as bytes at positions, and the chunks they are cut into.
 
 mod atomic_bitmap;
+#[doc(hidden)]
+pub mod conformance;
 mod install;
 mod marks;
+mod random;
 mod storage;
 mod store;
 pub(crate) mod sync;

@@ -203,6 +203,10 @@ mod tests {
 
     conformance::conformance!(region);
 
+    crate::chunk::conformance::storage_conformance!(|len| {
+        Arc::new(region(len, ChunkSize::PAGE).tracked) as _
+    });
+
     fn named(tracked: &Tracked) -> Vec<u64> {
         let taken = tracked.take().unwrap();
         taken.runs().flat_map(|run| run.range()).collect()
