@@ -6,5 +6,7 @@ pub mod mapping;
 pub mod memfd;
 pub mod pagemap;
 pub mod ptrace;
+pub mod reclaim;
 pub mod sparse;
+pub mod uevent;
 pub mod uffd;
