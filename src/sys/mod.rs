@@ -4,6 +4,8 @@
 
 pub mod mapping;
 pub mod memfd;
+#[cfg(feature = "nbd-device")]
+pub mod nbd;
 pub mod pagemap;
 pub mod ptrace;
 pub mod reclaim;
