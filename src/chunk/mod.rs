@@ -3,6 +3,7 @@
 mod atomic_bitmap;
 #[doc(hidden)]
 pub mod conformance;
+mod faulty;
 mod install;
 mod marks;
 mod random;
@@ -11,6 +12,7 @@ mod store;
 pub(crate) mod sync;
 
 pub(crate) use atomic_bitmap::AtomicBitmap;
+pub use faulty::{Fault, Faults, Faulty, FaultyStore, Operation};
 pub use install::{Install, Place};
 pub use marks::Marks;
 pub use migrate_proto::{
