@@ -3,5 +3,7 @@
 #![allow(unsafe_code, reason = "a victim makes raw system calls")]
 
 mod attach;
+#[cfg(feature = "fuse")]
+mod fuse;
 mod trackers;
 mod victim;

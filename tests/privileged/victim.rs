@@ -172,6 +172,10 @@ extern "C" fn instead_of_main() {
         let counter = Counter(unsafe { OwnedFd::from_raw_fd(fd) }.into());
         be_a_victim(&kind, &counter);
     }
+    #[cfg(feature = "fuse")]
+    if let Some(at) = std::env::var_os(crate::fuse::MOUNT_AT) {
+        crate::fuse::serve_until_killed(at.as_ref());
+    }
     if let Ok(step) = std::env::var(crate::attach::DIE_AT) {
         crate::attach::inject_and_die(&step);
     }
