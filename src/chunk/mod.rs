@@ -7,6 +7,7 @@ mod faulty;
 mod install;
 mod marks;
 mod random;
+mod residency;
 mod storage;
 mod store;
 pub(crate) mod sync;
@@ -18,6 +19,7 @@ pub use marks::Marks;
 pub use migrate_proto::{
     ChunkBitmap, ChunkIndex, ChunkRun, ChunkSize, Layout, RegionDescriptor, Span,
 };
+pub use residency::{ChunkState, Claim, Residency, Writing};
 pub(crate) use storage::check_range;
 pub use storage::{Storage, write_zeros};
 pub use store::ChunkStore;
