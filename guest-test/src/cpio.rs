@@ -4,6 +4,7 @@ use std::io::{self, Write};
 
 const DIRECTORY: u32 = 0o040_755;
 const PROGRAM: u32 = 0o100_755;
+const LINK: u32 = 0o120_777;
 
 /// Writes one archive, entry by entry; a directory comes before what is in it.
 #[derive(Debug)]
@@ -30,6 +31,11 @@ impl<W: Write> Archive<W> {
     /// Adds a file that may be run.
     pub(crate) fn program(&mut self, name: &str, content: &[u8]) -> io::Result<()> {
         self.entry(name, PROGRAM, content)
+    }
+
+    /// Adds a symbolic link.
+    pub(crate) fn link(&mut self, name: &str, target: &str) -> io::Result<()> {
+        self.entry(name, LINK, target.as_bytes())
     }
 
     /// Writes the end of the archive and yields what it was written to.

@@ -9,11 +9,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result};
 
 use crate::command;
 use crate::cpio::Archive;
-use crate::packages;
+use crate::kernel;
 
 /// What QEMU is given to boot.
 #[derive(Debug, Clone)]
@@ -24,12 +24,9 @@ pub struct Image {
     pub initramfs: PathBuf,
 }
 
-/// A kernel to use in place of Debian's: needs 8250 serial ports, devtmpfs and initramfs support built in.
-const KERNEL_VARIABLE: &str = "MEMFERRY_GUEST_KERNEL";
 /// Covers a download over a slow line by another process that came first.
 const CACHE_LOCK_LIMIT: Duration = Duration::from_secs(900);
 const BUILD_LIMIT: Duration = Duration::from_secs(300);
-const DOWNLOAD_LIMIT: Duration = Duration::from_secs(600);
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 impl Image {
@@ -41,19 +38,7 @@ impl Image {
     pub fn prepare() -> Result<Self> {
         let cache = cache_directory()?;
         let _lock = lock(&cache)?;
-        let kernel = match std::env::var_os(KERNEL_VARIABLE) {
-            Some(path) => PathBuf::from(path),
-            None => match newest_kernel(&cache)? {
-                Some(kernel) => kernel,
-                None => download_kernel(&cache)?,
-            },
-        };
-        if !kernel.is_file() {
-            bail!(
-                "{KERNEL_VARIABLE} names {}, which is not a file",
-                kernel.display()
-            );
-        }
+        let kernel = kernel::any(&cache)?;
         let initramfs = build_initramfs(&cache)?;
         Ok(Self { kernel, initramfs })
     }
@@ -91,7 +76,8 @@ pub(crate) fn replace(path: &Path, write: impl FnOnce(File) -> Result<()>) -> Re
     Ok(())
 }
 
-fn lock(cache: &Path) -> Result<File> {
+/// Holds the cache until the file is dropped.
+pub(crate) fn lock(cache: &Path) -> Result<File> {
     let lock = File::create(cache.join("lock"))?;
     let deadline = Instant::now() + CACHE_LOCK_LIMIT;
     command::poll_until(deadline, || lock.try_lock().ok()).with_context(|| {
@@ -103,129 +89,8 @@ fn lock(cache: &Path) -> Result<File> {
     Ok(lock)
 }
 
-fn newest_kernel(cache: &Path) -> Result<Option<PathBuf>> {
-    let mut kernels = Vec::new();
-    for entry in fs::read_dir(cache)? {
-        let path = entry?.path();
-        let name = path
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned();
-        if name.starts_with("vmlinuz-") && !name.contains("partial") {
-            kernels.push((version(&name), path));
-        }
-    }
-    Ok(kernels.into_iter().max().map(|(_, path)| path))
-}
-
-fn download_kernel(cache: &Path) -> Result<PathBuf> {
-    let advice = || {
-        format!(
-            "no guest kernel: on a system that is not Debian, set {KERNEL_VARIABLE} to a bzImage with serial ports built in"
-        )
-    };
-    for tool in ["apt-get", "apt-cache", "dpkg-deb"] {
-        command::find(tool).with_context(advice)?;
-    }
-    let package = match newest_package()? {
-        Some(package) => package,
-        None => {
-            packages::refresh().with_context(advice)?;
-            newest_package()?.with_context(advice)?
-        }
-    };
-    eprintln!(
-        "downloading the guest's kernel, {package} (about 35 MB), into {}",
-        cache.display()
-    );
-    let scratch = tempfile::tempdir_in(cache)?;
-    let download = || {
-        command::output(
-            Command::new("apt-get")
-                .args(["-q", "download", &package])
-                .current_dir(scratch.path()),
-            DOWNLOAD_LIMIT,
-        )
-    };
-    // Lists that are out of date name files that the mirror has dropped.
-    if let Err(first) = download() {
-        packages::refresh().context(first)?;
-        download()?;
-    }
-    let archive = fs::read_dir(scratch.path())?
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
-        .with_context(|| anyhow!("apt-get downloaded {package} but left no file"))?;
-    let unpacked = scratch.path().join("unpacked");
-    command::output(
-        Command::new("dpkg-deb")
-            .arg("--extract")
-            .args([&archive, &unpacked]),
-        Duration::from_secs(120),
-    )?;
-    for entry in fs::read_dir(unpacked.join("boot"))? {
-        let path = entry?.path();
-        let name = path.file_name().unwrap_or_default().to_owned();
-        if name.to_string_lossy().starts_with("vmlinuz-") {
-            let kernel = cache.join(name);
-            fs::rename(&path, &kernel)?; // the scratch directory is inside the cache: the same file system
-            return Ok(kernel);
-        }
-    }
-    bail!("{package} holds no kernel")
-}
-
-/// The newest kernel package that the lists know: 6.12 where bookworm's security suite is on, else 6.1.
-fn newest_package() -> Result<Option<String>> {
-    let known = command::output(
-        Command::new("apt-cache").args([
-            "search",
-            "--names-only",
-            "^linux-image-6\\.[0-9.]+.*-cloud-amd64$",
-        ]),
-        Duration::from_secs(60),
-    )?;
-    Ok(known
-        .lines()
-        .filter_map(|line| line.split_whitespace().next())
-        // Three numbers and more: with two it is a package that only names another one.
-        .filter(|name| version(name).len() >= 4)
-        .max_by_key(|name| version(name))
-        .map(str::to_owned))
-}
-
-/// The numbers in a name in their order, so that 6.12 comes after 6.1.
-fn version(name: &str) -> Vec<u64> {
-    name.split(|c: char| !c.is_ascii_digit())
-        .filter_map(|digits| digits.parse().ok())
-        .collect()
-}
-
 fn build_initramfs(cache: &Path) -> Result<PathBuf> {
-    let guests = workspace().join("guest-test/guests");
-    let target = cache.join("guests");
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let flags = "-Ctarget-feature=+crt-static"; // links libc.a of libc6-dev: no other target, no download
-    command::output(
-        Command::new(cargo)
-            .args([
-                "build",
-                "--release",
-                "--locked",
-                "--target",
-                TARGET,
-                "--target-dir",
-            ])
-            .arg(&target)
-            .current_dir(&guests)
-            .env("CARGO_ENCODED_RUSTFLAGS", flags),
-        BUILD_LIMIT,
-    )
-    .context(
-        "cannot build the guest's program (needs cargo, and libc6-dev for a static C library)",
-    )?;
-    let program = fs::read(target.join(TARGET).join("release/page-writer"))?;
+    let program = guest_program(cache, "page-writer")?;
     let initramfs = cache.join("page-writer.cpio");
     replace(&initramfs, |file| {
         let mut archive = Archive::new(BufWriter::new(file));
@@ -239,19 +104,24 @@ fn build_initramfs(cache: &Path) -> Result<PathBuf> {
     Ok(initramfs)
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_newer_kernel_is_one_with_higher_numbers() {
-        let newest = [
-            "linux-image-6.1.0-56-cloud-amd64",
-            "linux-image-6.12.117+deb12-cloud-amd64",
-            "linux-image-6.12.9+deb12-cloud-amd64",
-        ]
-        .into_iter()
-        .max_by_key(|name| version(name));
-        assert_eq!(newest, Some("linux-image-6.12.117+deb12-cloud-amd64"));
-    }
+/// A program of `guest-test/guests`, brought up to date with its source, linked statically. The caller holds the lock of
+/// the cache.
+pub(crate) fn guest_program(cache: &Path, name: &str) -> Result<Vec<u8>> {
+    let guests = workspace().join("guest-test/guests");
+    let target = cache.join("guests");
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let flags = "-Ctarget-feature=+crt-static"; // links libc.a of libc6-dev: no other target, no download
+    command::output(
+        Command::new(cargo)
+            .args(["build", "--release", "--locked", "--package", name])
+            .args(["--target", TARGET, "--target-dir"])
+            .arg(&target)
+            .current_dir(&guests)
+            .env("CARGO_ENCODED_RUSTFLAGS", flags),
+        BUILD_LIMIT,
+    )
+    .context(
+        "cannot build the guest's program (needs cargo, and libc6-dev for a static C library)",
+    )?;
+    Ok(fs::read(target.join(TARGET).join("release").join(name))?)
 }

@@ -14,6 +14,8 @@ pub mod embedded;
 pub mod ferry;
 pub mod image;
 pub mod interrupt;
+pub mod kernel;
+pub mod lab;
 pub mod native;
 pub mod packages;
 pub mod process;

@@ -282,14 +282,9 @@ impl Guest {
     }
 
     fn start(config: &GuestConfig, options: &[&str]) -> Result<Self> {
-        let directory = directory(config)?;
+        let directory = directory(config.memory)?;
         let path = |name: &str| directory.path().join(name);
-        // QEMU connects to us, not we to it: so nothing that a guest says early is lost.
-        let listen = |name: &str| {
-            let listener = UnixListener::bind(path(name))?;
-            listener.set_nonblocking(true)?;
-            anyhow::Ok(listener)
-        };
+        let listen = |name: &str| listen(&path(name));
         let (serial, ticks, harness) = (listen("serial")?, listen("ticks")?, listen("harness")?);
         if config.backing == Backing::SharedFile {
             File::create_new(path("ram"))?.set_len(config.memory)?;
@@ -341,14 +336,14 @@ impl Drop for Guest {
 }
 
 /// Where a guest's sockets and memory are: in memory, unless that is too small.
-fn directory(config: &GuestConfig) -> Result<TempDir> {
+pub(crate) fn directory(room_for: u64) -> Result<TempDir> {
     let shared_memory = Path::new("/dev/shm");
     let mut builder = tempfile::Builder::new();
     builder.prefix("memferry-guest-");
     // A guest whose file does not fit dies of SIGBUS later on; containers often have 64 MiB there.
     let room =
         rustix::fs::statvfs(shared_memory).map_or(0, |found| found.f_bavail * found.f_frsize);
-    let made = if room > config.memory + (64 << 20) {
+    let made = if room > room_for + (64 << 20) {
         builder.tempdir_in(shared_memory)
     } else {
         builder.tempdir()
@@ -404,8 +399,15 @@ fn arguments(config: &GuestConfig, directory: &Path) -> Vec<String> {
     words
 }
 
+/// Makes a socket for QEMU. It connects to us, not we to it: so nothing that a guest says early is lost.
+pub(crate) fn listen(path: &Path) -> Result<UnixListener> {
+    let listener = UnixListener::bind(path)?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
 /// Waits until QEMU has connected to every listener.
-fn connect<const N: usize>(
+pub(crate) fn connect<const N: usize>(
     process: &mut Child,
     listeners: [&UnixListener; N],
 ) -> Result<[UnixStream; N]> {
@@ -428,7 +430,7 @@ fn connect<const N: usize>(
     }
 }
 
-fn end(process: &mut Child) {
+pub(crate) fn end(process: &mut Child) {
     // Fails only where it has ended already.
     let _ended = process.kill();
     let _reaped = process.wait();

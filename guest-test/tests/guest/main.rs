@@ -1,6 +1,8 @@
 //! The guests themselves: that they boot, that what they say can be relied on, and that they are cleared away.
 #![allow(clippy::unwrap_used, reason = "a test may panic, helpers too")]
 
+mod lab;
+
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
