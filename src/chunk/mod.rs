@@ -1,6 +1,7 @@
 //! Regions as bytes at positions, and the chunks they are cut into.
 
 mod atomic_bitmap;
+mod chunked;
 #[doc(hidden)]
 pub mod conformance;
 mod faulty;
@@ -13,6 +14,7 @@ mod store;
 pub(crate) mod sync;
 
 pub(crate) use atomic_bitmap::AtomicBitmap;
+pub use chunked::Chunked;
 pub use faulty::{Fault, Faults, Faulty, FaultyStore, Operation};
 pub use install::{Install, Place};
 pub use marks::Marks;
