@@ -17,6 +17,19 @@ pub type Version = u16;
 /// The versions that this code speaks, oldest and newest.
 pub const VERSIONS: (Version, Version) = (1, 1);
 
+/// What a side can do beyond version 1, a bit each: offered in [`Hello::optional`], or in [`Hello::required`] by a side that
+/// cannot do without.
+pub mod capability {
+    /// The leecher keeps what it has of an earlier time where it is still right: [`Keep`](crate::Message::Keep).
+    pub const KEEP: u64 = 1;
+    /// The cut-over can be asked for: [`CutOver`](crate::Message::CutOver). A leecher that requires this is not suspended for before it
+    /// has asked.
+    pub const CUT_OVER: u64 = 2;
+
+    /// Every bit that means something here.
+    pub(crate) const KNOWN: u64 = KEEP | CUT_OVER;
+}
+
 /// When the two copies are compared, chunk by chunk, besides the checksum that every chunk carries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Verify {
@@ -45,9 +58,9 @@ pub struct Hello {
     pub oldest: Version,
     /// Newest version spoken.
     pub newest: Version,
-    /// Capabilities without which this side cannot work. None is defined yet; an unknown bit is refused.
+    /// [Capabilities](capability) without which this side cannot work; a bit that the other side does not offer is refused.
     pub required: u64,
-    /// Capabilities that this side could use. Unknown bits are ignored.
+    /// [Capabilities](capability) that this side could use. Unknown bits are ignored.
     pub optional: u64,
     /// What this side is.
     pub role: Role,
@@ -80,9 +93,20 @@ pub struct Agreement {
     pub post_copy: bool,
     /// Only compare and measure.
     pub dry_run: bool,
+    /// The leecher offers what it has of an earlier time.
+    pub keep: bool,
+    /// The cut-over can be asked for.
+    pub cut_over: bool,
+    /// It has to be: the leecher decides when.
+    pub hold: bool,
 }
 
 impl Hello {
+    /// The capabilities that this side has.
+    fn capabilities(&self) -> u64 {
+        (self.required | self.optional) & capability::KNOWN
+    }
+
     /// Checks this side's own hello against the limits: the peer could not read one beyond them.
     pub(crate) fn check(&self) -> Result<(), ProtocolError> {
         let incompatible = |reason| Err(ProtocolError::Incompatible { reason });
@@ -158,12 +182,19 @@ impl Hello {
                 self.oldest, self.newest, theirs.oldest, theirs.newest
             ));
         }
-        if theirs.required != 0 {
+        let lacking = theirs.required & !self.capabilities();
+        if lacking != 0 {
             return unsupported(format!(
-                "the other side requires capabilities {:#x} that this version does not have",
-                theirs.required
+                "the other side requires capabilities {lacking:#x} that this one does not have"
             ));
         }
+        let lacking = self.required & !theirs.capabilities();
+        if lacking != 0 {
+            return unsupported(format!(
+                "this side requires capabilities {lacking:#x} that the other one does not have"
+            ));
+        }
+        let common = self.capabilities() & theirs.capabilities();
         let (seeder, leecher) = match (self.role, theirs.role) {
             (Role::Seeder, Role::Leecher) => (self, theirs),
             (Role::Leecher, Role::Seeder) => (theirs, self),
@@ -197,6 +228,9 @@ impl Hello {
             verify: seeder.verify,
             post_copy: seeder.post_copy && leecher.post_copy,
             dry_run: seeder.dry_run,
+            keep: common & capability::KEEP != 0 && !seeder.dry_run,
+            cut_over: common & capability::CUT_OVER != 0,
+            hold: leecher.required & capability::CUT_OVER != 0,
         })
     }
 

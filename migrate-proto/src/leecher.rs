@@ -11,6 +11,8 @@
 //! Only [`Message::Release`] makes this side an owner. If the session breaks while it waits for that, nobody can
 //! know whether the token is on its way: [`Event::Undecided`].
 
+mod capabilities;
+mod ending;
 mod install;
 
 use alloc::collections::VecDeque;
@@ -27,6 +29,7 @@ use crate::limits::MAX_STATE;
 use crate::message::{Chunks, Message};
 use crate::seeder::URGENT_LANE;
 use crate::silence::Silence;
+use capabilities::CutOver;
 use install::Residency;
 pub use install::{Admission, Fault, Part, ZERO_DIGEST, chunk_digest, reserve};
 
@@ -41,6 +44,8 @@ pub struct LeecherConfig {
     pub lanes: u8,
     /// The longest time that the peer may be silent.
     pub silence: Micros,
+    /// The key of the digests of what is kept, random for each session. Used where that was agreed.
+    pub key: [u8; 32],
 }
 
 /// What the caller must do.
@@ -48,6 +53,9 @@ pub struct LeecherConfig {
 pub enum Event {
     /// The geometry fits. Compare the subject's description, make the memory empty, then say so:
     /// [`Leecher::handle_prepared`]. In a dry run: only compare.
+    ///
+    /// If [`Agreement::keep`] says so, the memory is left as it is, and once it is prepared the caller offers what it has, at
+    /// the same time as chunks are received: [`Leecher::handle_offering`], [`Leecher::handle_offered`].
     Prepare,
     /// Arm the faults, then make every chunk of `remote` absent: nothing is written directly any more.
     ///
@@ -146,6 +154,9 @@ pub struct Leecher {
     theirs: Option<Hello>,
     agreement: Option<Agreement>,
     residency: Residency,
+    /// What was offered and may be kept, until the first round begins.
+    offered: Option<ChunkBitmap>,
+    cut_over: CutOver,
     /// The dirty set that is coming in, and its round.
     incoming: Option<(u32, ChunkBitmap)>,
     round: u32,
@@ -177,6 +188,8 @@ impl Leecher {
             theirs: None,
             agreement: None,
             residency: Residency::new(0, config.lanes, false),
+            offered: None,
+            cut_over: CutOver::Unwanted,
             incoming: None,
             round: 0,
             state_len: 0,
@@ -402,7 +415,9 @@ impl Leecher {
         // A dry run moves nothing, so nothing needs to be kept for it.
         if !agreement.dry_run {
             let verify = agreement.verify != Verify::Off;
-            self.residency = Residency::new(agreement.layout.chunks(), self.config.lanes, verify);
+            let chunks = agreement.layout.chunks();
+            self.residency = Residency::new(chunks, self.config.lanes, verify);
+            self.offered = agreement.keep.then(|| ChunkBitmap::empty(chunks));
         }
         self.agreement = Some(agreement);
         self.theirs = Some(theirs);
@@ -426,6 +441,7 @@ impl Leecher {
         }
         self.nothing_may_be_received()?;
         self.round = round;
+        self.offered = None;
         // What was remote before is absent already, or will be when the events before this one are obeyed.
         let mut stale = set.clone();
         stale.subtract(self.residency.remote());
@@ -508,6 +524,11 @@ impl Leecher {
             self.messages.push_back(Message::Accept {
                 window: self.config.window,
             });
+            if self.offered.is_some() {
+                let key = self.config.key;
+                self.messages.push_back(Message::Keep { key });
+            }
+            self.say_cut_over();
         }
     }
 
@@ -572,6 +593,11 @@ impl Leecher {
             return Ok(Admission::Wait);
         }
         let stale = chunks.round < self.round;
+        if !stale && !install::may_keep(chunks, self.offered.as_ref()) {
+            return Err(ProtocolError::Violation {
+                reason: "it takes chunks for kept that were not offered",
+            });
+        }
         let parts = self.residency.sort(chunks, stale);
         if stale {
             for run in &chunks.runs {
@@ -752,43 +778,5 @@ impl Leecher {
             *drained = true;
             self.events.push_back(Event::Drained);
         }
-    }
-
-    fn close(&mut self, event: Event) {
-        self.phase = Phase::Closed;
-        self.events.push_back(event);
-    }
-
-    fn fail(&mut self, error: ProtocolError) {
-        let phase = mem::replace(&mut self.phase, Phase::Closed);
-        if phase == Phase::Closed {
-            return;
-        }
-        // A Ready that was not given away must not be sent now: the seeder would release to nobody.
-        let waiting = self.messages.len();
-        self.messages
-            .retain(|message| !matches!(message, Message::Ready));
-        let ready_was_sent = self.messages.len() == waiting;
-        if !matches!(error, ProtocolError::PeerAborted { .. }) {
-            self.messages.push_back(Message::Abort {
-                code: error.code(),
-                reason: alloc::format!("{error}"),
-            });
-        }
-        let event = match phase {
-            // The seeder has not released if it says itself that it ended the session, nor if it does not know yet
-            // that this side is ready.
-            Phase::Ready
-                if ready_was_sent && !matches!(error, ProtocolError::PeerAborted { .. }) =>
-            {
-                Event::Undecided { error }
-            }
-            Phase::Owning { .. } => Event::Lost {
-                missing: self.residency.missing(),
-                error,
-            },
-            _ => Event::Aborted { error },
-        };
-        self.events.push_back(event);
     }
 }

@@ -53,7 +53,7 @@ pub use dirty::DirtyPage;
 pub use error::{AbortCode, DecodeError, ProtocolError};
 pub use frame::{FrameHeader, HEADER_LEN, encode_frame};
 pub use handover::{Ownership, Token};
-pub use hello::{Agreement, Hello, Role, VERSIONS, Verify, Version};
+pub use hello::{Agreement, Hello, Role, VERSIONS, Verify, Version, capability};
 pub use leecher::{Leecher, LeecherConfig, ZERO_DIGEST, chunk_digest};
 pub use message::{Chunks, Content, Message, Run};
 pub use seeder::{Seeder, SeederConfig, URGENT_LANE};

@@ -13,7 +13,7 @@ use crate::limits::{MAX_BODY, MAX_CHUNKS, MAX_CHUNKS_IN_FRAME, MAX_REASON, MAX_R
 
 /// What one side says to the other.
 ///
-/// A message with a payload ([`Chunks`](Self::Chunks), [`State`](Self::State), [`Digests`](Self::Digests)) is
+/// A message with a payload ([`Chunks`](Self::Chunks), [`State`](Self::State), [`Digests`](Self::Digests), [`Offer`](Self::Offer)) is
 /// the fields only; the payload follows it in the frame and never passes through this type.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Message {
@@ -106,6 +106,20 @@ pub enum Message {
     Pong,
     /// Seeder, in a dry run: bytes to measure the link with, which are the payload.
     Probe,
+    /// Leecher, if [`capability::KEEP`](crate::capability::KEEP) was agreed: the digests of what it has are made with this key.
+    Keep {
+        /// A key of BLAKE3, random for each session.
+        key: [u8; 32],
+    },
+    /// Leecher: digests of chunks that it has, ascending; the payload is 16 bytes a chunk.
+    Offer {
+        /// The first chunk.
+        first: u64,
+    },
+    /// Leecher: it has no more.
+    OfferEnd,
+    /// Leecher, if [`capability::CUT_OVER`](crate::capability::CUT_OVER) was agreed: its user wants to cut over now.
+    CutOver,
 }
 
 /// The fields of a frame of chunks.
@@ -137,6 +151,8 @@ pub enum Content {
     Data,
     /// Nothing but zeros.
     Zero,
+    /// What the leecher has offered.
+    Kept,
 }
 
 impl Message {
@@ -166,6 +182,10 @@ impl Message {
             Self::Ping => 20,
             Self::Pong => 21,
             Self::Probe => 22,
+            Self::Keep { .. } => 23,
+            Self::Offer { .. } => 24,
+            Self::OfferEnd => 25,
+            Self::CutOver => 26,
         }
     }
 
@@ -195,13 +215,17 @@ impl Message {
             Self::Ping => "Ping",
             Self::Pong => "Pong",
             Self::Probe => "Probe",
+            Self::Keep { .. } => "Keep",
+            Self::Offer { .. } => "Offer",
+            Self::OfferEnd => "OfferEnd",
+            Self::CutOver => "CutOver",
         }
     }
 
     /// Whether a payload may follow.
     #[must_use]
     pub fn carries_payload(tag: u8) -> bool {
-        matches!(tag, 7 | 10 | 16 | 22)
+        matches!(tag, 7 | 10 | 16 | 22 | 24)
     }
 
     /// Splits `pages` into as few messages as their bodies allow.
@@ -263,7 +287,8 @@ impl Message {
                 out.put_u64(*digest);
             }
             Self::Release { token } => out.extend_from_slice(&token.0),
-            Self::Digests { first } => out.put_u64(*first),
+            Self::Digests { first } | Self::Offer { first } => out.put_u64(*first),
+            Self::Keep { key } => out.extend_from_slice(key),
             Self::Verdict {
                 compared,
                 different,
@@ -279,7 +304,9 @@ impl Message {
             | Self::Farewell
             | Self::Ping
             | Self::Pong
-            | Self::Probe => {}
+            | Self::Probe
+            | Self::OfferEnd
+            | Self::CutOver => {}
         }
     }
 
@@ -343,6 +370,10 @@ impl Message {
             20 => Self::Ping,
             21 => Self::Pong,
             22 => Self::Probe,
+            23 => Self::Keep { key: r.array()? },
+            24 => Self::Offer { first: r.u64()? },
+            25 => Self::OfferEnd,
+            26 => Self::CutOver,
             tag => return Err(DecodeError::UnknownTag { tag }),
         };
         reader.finish()?;
@@ -370,6 +401,7 @@ impl Chunks {
             out.put_u8(match run.content {
                 Content::Data => 0,
                 Content::Zero => 1,
+                Content::Kept => 2,
             });
         }
         for &digest in &self.digests {
@@ -395,6 +427,7 @@ impl Chunks {
             let content = match r.u8()? {
                 0 => Content::Data,
                 1 => Content::Zero,
+                2 => Content::Kept,
                 _ => return Err(invalid("content")),
             };
             chunks.runs.push(Run { run, content });

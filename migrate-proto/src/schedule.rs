@@ -47,6 +47,13 @@ impl Scheduler {
         self.cursor = 0;
     }
 
+    /// Adds chunks of the first pass to what is pending.
+    pub(crate) fn add_runs(&mut self, runs: &[ChunkRun]) {
+        for &run in runs {
+            self.cold.insert_run(run);
+        }
+    }
+
     pub(crate) fn set_order(&mut self, order: Order) {
         self.order = order;
         self.cursor = 0;

@@ -11,7 +11,10 @@
 //! The caller feeds `handle_*` and then drains [`poll_message`](Seeder::poll_message), [`poll_event`](Seeder::poll_event)
 //! and, on the thread of each lane, [`poll_batch`](Seeder::poll_batch) or [`poll_urgent`](Seeder::poll_urgent).
 
+mod capabilities;
+mod ending;
 mod lanes;
+mod offers;
 mod pace;
 mod session;
 
@@ -54,6 +57,8 @@ pub struct SeederConfig {
     pub fixed_blackout: Micros,
     /// The longest time that the peer may be silent.
     pub silence: Micros,
+    /// Rounds go on until somebody asks for the cut-over: [`Seeder::cut_over`], or the leecher.
+    pub hold: bool,
 }
 
 /// What the caller must do.
@@ -173,6 +178,8 @@ pub struct Seeder {
     pong_due: bool,
     events: VecDeque<Event>,
     silence: Silence,
+    /// Somebody has asked for the cut-over.
+    asked: bool,
 }
 
 impl Seeder {
@@ -190,6 +197,7 @@ impl Seeder {
             messages: VecDeque::new(),
             pong_due: false,
             events: VecDeque::new(),
+            asked: false,
             config,
         };
         match checked {
@@ -270,6 +278,7 @@ impl Seeder {
 
     fn dispatch(&mut self, now: Micros, message: Message) -> Result<(), ProtocolError> {
         let verify = self.verify();
+        let can_be_asked = self.agreement().is_some_and(|agreed| agreed.cut_over);
         match (&mut self.phase, message) {
             (Phase::Closed, _) | (_, Message::Pong) => {}
             (_, Message::Ping) => self.pong_due = true,
@@ -345,6 +354,26 @@ impl Seeder {
                 *compared = Compared::Running;
                 self.events.push_back(Event::Compare);
             }
+            (Phase::Starting | Phase::Sending, Message::Keep { .. }) => {
+                self.session_mut().keep()?;
+            }
+            (Phase::Starting | Phase::Sending, Message::OfferEnd) => {
+                self.session_mut().offered_all()?;
+                self.advance(now);
+            }
+            (Phase::Starting | Phase::Sending, Message::Offer { .. }) => {}
+            // It may cross the decision, and so come at any time after Accept.
+            (
+                Phase::Starting
+                | Phase::Sending
+                | Phase::Draining
+                | Phase::Taking
+                | Phase::Suspending { .. }
+                | Phase::Suspended(_)
+                | Phase::Releasing
+                | Phase::Released { .. },
+                Message::CutOver,
+            ) if can_be_asked => self.cut_over(now),
             (Phase::Released { running, .. }, Message::Running) if !*running => {
                 *running = true;
                 self.events.push_back(Event::Running);
@@ -408,8 +437,7 @@ impl Seeder {
             let mut holes = ChunkBitmap::full(present.chunks());
             holes.subtract(present);
             session.holes = (!holes.is_empty()).then_some(holes);
-            let nothing = ChunkBitmap::empty(present.chunks());
-            session.schedule.add(present, &nothing);
+            session.begin(present);
             session.round_bytes = session.bytes_of(present);
             session.round_began = now;
             self.phase = Phase::Sending;
@@ -431,11 +459,18 @@ impl Seeder {
         let Phase::Taking = self.phase else {
             return self.keep_for_restore(&dirty);
         };
-        let budget = self.config.budget;
+        let mut budget = self.config.budget;
         let fixed = self.config.fixed_blackout;
+        let held = self.is_held();
         let session = self.session_mut();
         let observation = session.observe(now, &dirty, fixed);
-        match decide(&budget, &observation) {
+        budget.rounds = budget.rounds.saturating_add(session.first_round);
+        let decision = if held {
+            Decision::Continue
+        } else {
+            decide(&budget, &observation)
+        };
+        match decision {
             Decision::Continue => {
                 let messages = session.announce(now, &dirty);
                 self.messages.extend(messages);
@@ -557,17 +592,22 @@ impl Seeder {
             Ok(true) if self.messages.contains(&Message::Ping) => {}
             Ok(true) => self.messages.push_back(Message::Ping),
             Ok(false) => {}
-            Err(error) => self.fail(error),
+            Err(error) => return self.fail(error),
         }
+        self.advance(now);
     }
 
     /// When to call [`handle_timeout`](Self::handle_timeout), and to poll for batches again, at the latest.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Micros> {
-        if let Phase::Closed = self.phase {
-            return None;
+        let silence = self.silence.next();
+        match (&self.phase, &self.session) {
+            (Phase::Closed, _) => None,
+            (Phase::Draining, Some(session)) if self.is_held() => {
+                Some(silence.min(session.next_take()))
+            }
+            _ => Some(silence),
         }
-        Some(self.silence.next())
     }
 
     /// The next message for the control lane.
@@ -637,6 +677,7 @@ impl Seeder {
     pub fn handle_filled(&mut self, now: Micros, batch: &Batch, payload: u64) {
         if let Some(session) = &mut self.session {
             session.lanes.fill(batch.lane, batch.sequence, payload);
+            session.filled(payload);
             if batch.lane != URGENT_LANE {
                 session.pace.spend(now, payload);
             }
@@ -660,6 +701,7 @@ impl Seeder {
 
     /// Goes on to the next step if nothing is left to do in this one.
     fn advance(&mut self, now: Micros) {
+        let held = self.is_held();
         let Some(session) = &mut self.session else {
             return;
         };
@@ -669,6 +711,9 @@ impl Seeder {
                 self.advance(now);
             }
             Phase::Draining if session.lanes.is_drained() => {
+                if held && now < session.next_take() {
+                    return;
+                }
                 self.phase = Phase::Taking;
                 self.events.push_back(Event::Take);
             }
@@ -710,68 +755,5 @@ impl Seeder {
         self.messages.push_back(Message::Release {
             token: self.config.token,
         });
-    }
-
-    fn finish(&mut self) {
-        self.messages.push_back(Message::Farewell);
-        self.events.push_back(Event::Done);
-        self.phase = Phase::Closed;
-    }
-
-    /// A set that was taken after the session failed is not lost either.
-    fn keep_for_restore(&mut self, dirty: &ChunkBitmap) {
-        if self.ownership == Ownership::Here && !dirty.is_empty() {
-            self.events.push_back(Event::Aborted {
-                error: ProtocolError::Aborted {
-                    code: AbortCode::Failed,
-                    reason: "the session had ended before its dirty set was taken".into(),
-                },
-                restore: dirty.clone(),
-            });
-        }
-    }
-
-    fn fail(&mut self, error: ProtocolError) {
-        let phase = mem::replace(&mut self.phase, Phase::Closed);
-        if let Phase::Closed = phase {
-            return;
-        }
-        if let Phase::Releasing = phase {
-            // It was not given away, so the leecher has never seen it.
-            self.messages
-                .retain(|message| !matches!(message, Message::Release { .. }));
-        }
-        if !matches!(error, ProtocolError::PeerAborted { .. }) {
-            self.messages.push_back(Message::Abort {
-                code: error.code(),
-                reason: alloc::format!("{error}"),
-            });
-        }
-        let event = match phase {
-            Phase::Released { running, .. } => Event::Lost {
-                missing: self.missing(),
-                running,
-                error,
-            },
-            phase => {
-                let mut restore = self.session.as_ref().map_or_else(
-                    || {
-                        let layout = self.config.hello.layout();
-                        ChunkBitmap::empty(layout.map_or(0, |layout| layout.chunks()))
-                    },
-                    |session| session.outstanding.clone(),
-                );
-                match phase {
-                    Phase::Suspending { unsent, .. } => restore.union_with(&unsent),
-                    Phase::Suspended(Suspended {
-                        saved: Some((_, _, dirty)),
-                        ..
-                    }) => restore.union_with(&dirty),
-                    _ => {}
-                }
-                Event::Aborted { error, restore }
-            }
-        };
-        self.events.push_back(event);
     }
 }

@@ -182,6 +182,21 @@ fn seeds() -> Vec<(&'static str, String, Vec<u8>)> {
         ];
         session("seeder_ops", name, &steps);
     }
+    let keeping: &[u8] = &[
+        0, 48, 1, 100, 20, 24, 25, 0, 9, 12, 1, 0, 60, 25, 12, 40, 26,
+    ];
+    let asked: &[u8] = &[13, 1, 3, 4, 27, 1, 27, 0];
+    let steps = [
+        &[48 + 64],
+        keeping,
+        &push,
+        asked,
+        &push,
+        saved,
+        &push,
+        owned,
+    ];
+    session("seeder_ops", "keep", &steps);
     session("seeder_ops", "dry-run", &[&[8], &[0, 8, 1, 1, 9, 17, 22]]);
     let greeted: &[u8] = &[0, 1, 18];
     let chunks: &[u8] = &[2, 1, 1, 0, 2, 0, 0, 40, 1, 41, 29, 0, 3, 1, 18];
@@ -201,6 +216,20 @@ fn seeds() -> Vec<(&'static str, String, Vec<u8>)> {
         };
         session("leecher_ops", name, &[&steps[..], end].concat());
     }
+    let keeping: &[u8] = &[
+        22, 0, 30, 24, 2, 1, 1, 0, 1, 3, 0, 20, 0, 3, 1, 25, 4, 23, 18,
+    ];
+    let steps = [
+        &[16 + 32 + 64 + 4, 0, 48 + 4],
+        &greeted[2..],
+        &[1, 18],
+        keeping,
+    ];
+    session(
+        "leecher_ops",
+        "keep",
+        &[&steps[..], &[round, loaded, owned]].concat(),
+    );
     session("leecher_ops", "dry-run", &[&[0, 0, 8, 1, 18, 20, 2, 20, 3]]);
     seeds
 }

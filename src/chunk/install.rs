@@ -4,6 +4,9 @@ use std::fmt::Debug;
 use std::io;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use super::Storage;
 
 /// A place in a set of regions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,6 +31,14 @@ pub trait Install: Debug + Send + Sync {
 
     /// Whether [`arm`](Self::arm) works.
     fn can_fault(&self) -> bool;
+
+    /// What the regions hold of an earlier time, one storage a region, if that may be worth to be compared with what comes: a
+    /// copy that the memory was moved from, or what an attempt that failed has left. It is read while chunks are written.
+    ///
+    /// Where the source can compare, [`clear`](Self::clear) is not called then, and what is equal is not sent.
+    fn old(&self) -> Option<Vec<Arc<dyn Storage>>> {
+        None
+    }
 
     /// Makes all of it zero and absent.
     ///

@@ -3,6 +3,7 @@
 mod driver;
 mod faults;
 mod lanes;
+mod offer;
 mod state;
 
 use std::sync::mpsc::Sender;

@@ -15,6 +15,7 @@
 
 mod cancel;
 mod clock;
+mod cut_over;
 mod ending;
 mod leech;
 mod monitor;
@@ -25,6 +26,7 @@ mod progress;
 mod seed;
 
 pub use cancel::Cancel;
+pub use cut_over::CutOver;
 pub use ending::Cause;
 pub use leech::{LeechError, LeechOutcome, leech};
 pub use migrate_proto::{Budget, Decision, Observation, PostCopy, Verify};

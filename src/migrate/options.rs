@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use migrate_proto::{Budget, ChunkSize, Verify};
 
+use super::cut_over::CutOver;
+
 /// What the sending side chooses.
 #[derive(Debug, Clone)]
 pub struct SeedOptions {
@@ -24,6 +26,8 @@ pub struct SeedOptions {
     /// The longest time from suspending to hand-over, without a comparison in between; then it is given up, and the subject runs on here. Bounds what a
     /// destination can do that answers and gets nowhere.
     pub cut_over_deadline: Duration,
+    /// Whom to wait for before the budget may decide to suspend. Without it, and if the destination does not want to be asked, nobody.
+    pub cut_over: Option<CutOver>,
 }
 
 impl Default for SeedOptions {
@@ -37,6 +41,7 @@ impl Default for SeedOptions {
             silence: Duration::from_secs(10),
             subject_deadline: Duration::from_secs(10),
             cut_over_deadline: Duration::from_secs(30),
+            cut_over: None,
         }
     }
 }
@@ -50,6 +55,8 @@ pub struct LeechOptions {
     pub silence: Duration,
     /// The longest time that the subject may take to load its state, or to run.
     pub subject_deadline: Duration,
+    /// Whom the source has to wait for before it may decide to suspend. A source that cannot wait is refused then.
+    pub cut_over: Option<CutOver>,
 }
 
 impl Default for LeechOptions {
@@ -58,6 +65,7 @@ impl Default for LeechOptions {
             window: 64 << 20,
             silence: Duration::from_secs(10),
             subject_deadline: Duration::from_secs(30),
+            cut_over: None,
         }
     }
 }

@@ -45,6 +45,8 @@ pub struct Traffic {
     pub memory_bytes: u64,
     /// Bytes of memory that were zero or never written and cost nothing.
     pub zero_bytes: u64,
+    /// Bytes of memory that the destination had already.
+    pub kept_bytes: u64,
 }
 
 /// What the threads of a side count.
@@ -53,6 +55,7 @@ pub(super) struct Counters {
     wire: AtomicU64,
     memory: AtomicU64,
     zero: AtomicU64,
+    kept: AtomicU64,
 }
 
 impl Counters {
@@ -61,10 +64,11 @@ impl Counters {
         self.wire.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// So many bytes of memory had to be sent, and so many were zero.
-    pub(super) fn memory(&self, data: u64, zero: u64) {
+    /// So many bytes of memory had to be sent, so many were zero, and so many were there already.
+    pub(super) fn memory(&self, data: u64, zero: u64, kept: u64) {
         self.memory.fetch_add(data, Ordering::Relaxed);
         self.zero.fetch_add(zero, Ordering::Relaxed);
+        self.kept.fetch_add(kept, Ordering::Relaxed);
     }
 
     pub(super) fn traffic(&self) -> Traffic {
@@ -72,6 +76,7 @@ impl Counters {
             wire_bytes: self.wire.load(Ordering::Relaxed),
             memory_bytes: self.memory.load(Ordering::Relaxed),
             zero_bytes: self.zero.load(Ordering::Relaxed),
+            kept_bytes: self.kept.load(Ordering::Relaxed),
         }
     }
 }

@@ -5,6 +5,7 @@ mod driver;
 mod forecast;
 mod lanes;
 mod let_go;
+mod offers;
 mod state;
 
 use std::sync::Arc;
@@ -21,6 +22,7 @@ use crate::dirty::DirtyTracker;
 use crate::subject::{Outgoing, SubjectError};
 use crate::transport::Session;
 use driver::Driver;
+pub(in crate::migrate) use offers::digest as offer_digest;
 
 /// A region that is sent.
 #[derive(Debug, Clone)]

@@ -10,8 +10,8 @@ const LONGEST: usize = 700;
 /// leaves the list.
 const TOO_LONG: [(&str, usize); 2] = [
     // Each is one state machine; its data has types of its own already.
-    ("migrate-proto/src/leecher.rs", 794),
-    ("migrate-proto/src/seeder.rs", 777),
+    ("migrate-proto/src/leecher.rs", 782),
+    ("migrate-proto/src/seeder.rs", 759),
 ];
 
 fn rust() -> Vec<Source> {

@@ -20,10 +20,11 @@ pub fn leecher_ops(data: &[u8]) {
     let mut leecher = Leecher::new(
         now,
         LeecherConfig {
-            hello: our_hello(Role::Leecher, bytes.byte() & 7),
+            hello: our_hello(Role::Leecher, bytes.byte() & 0x77),
             window: 1 << 20,
             lanes: LANES,
             silence: Micros::from_millis(1000),
+            key: [5; 32],
         },
     );
     let mut sequences = [0; LANES as usize + 1];
@@ -31,7 +32,7 @@ pub fn leecher_ops(data: &[u8]) {
     let mut state = 0_u64;
     let mut released = false;
     while let Some(op) = bytes.op() {
-        let said = match op % 22 {
+        let said = match op % 26 {
             0 => Some(Message::Hello(our_hello(Role::Seeder, bytes.byte()))),
             1 => {
                 leecher.handle_prepared();
@@ -148,8 +149,24 @@ pub fn leecher_ops(data: &[u8]) {
                 2 => Message::Probe,
                 _ => Message::Farewell,
             }),
-            _ => {
+            21 => {
                 leecher.abort(AbortCode::Cancelled, "enough".into());
+                None
+            }
+            22 => {
+                leecher.handle_offering(ChunkRun::new(bytes.number(), bytes.number()));
+                None
+            }
+            23 => {
+                leecher.handle_offered();
+                None
+            }
+            24 => {
+                leecher.cut_over();
+                None
+            }
+            _ => {
+                leecher.handle_kept(ChunkRun::new(bytes.number(), 2), &[7, 8]);
                 None
             }
         };
@@ -169,10 +186,10 @@ fn frame(bytes: &mut Bytes<'_>, last: u64) -> Chunks {
         ..Chunks::default()
     };
     for _ in 0..bytes.byte() % 4 {
-        let content = if bytes.byte().is_multiple_of(2) {
-            Content::Data
-        } else {
-            Content::Zero
+        let content = match bytes.byte() {
+            3 => Content::Kept,
+            other if other.is_multiple_of(2) => Content::Data,
+            _ => Content::Zero,
         };
         chunks.runs.push(Run {
             run: ChunkRun::new(bytes.number(), bytes.number()),

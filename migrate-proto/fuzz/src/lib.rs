@@ -12,7 +12,7 @@ pub use seeder::seeder_ops;
 use migrate_proto::limits::{MAX_BODY, MAX_PAYLOAD};
 use migrate_proto::{
     ChunkBitmap, ChunkSize, FrameHeader, HEADER_LEN, Hello, Message, RegionDescriptor, Role,
-    VERSIONS, Verify, encode_frame,
+    VERSIONS, Verify, capability, encode_frame,
 };
 
 /// A target and its name.
@@ -133,8 +133,12 @@ pub(crate) fn our_hello(role: Role, flags: u8) -> Hello {
     Hello {
         oldest: VERSIONS.0,
         newest: VERSIONS.1,
-        required: 0,
-        optional: 0,
+        required: if flags & 64 != 0 {
+            capability::CUT_OVER
+        } else {
+            0
+        },
+        optional: u64::from(flags >> 4 & 3),
         role,
         chunk_size: ChunkSize::PAGE,
         regions: vec![

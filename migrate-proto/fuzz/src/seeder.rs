@@ -30,13 +30,14 @@ pub fn seeder_ops(data: &[u8]) {
             token: Token([1; 16]),
             fixed_blackout: Micros(0),
             silence: Micros::from_millis(1000),
+            hold: flags & 64 != 0,
         },
     );
     let mut batches: Vec<Batch> = Vec::new();
     let mut sent = [0; LANES as usize + 1];
     let mut released = false;
     while let Some(op) = bytes.op() {
-        let said = match op % 24 {
+        let said = match op % 28 {
             0 => Some(Message::Hello(Hello {
                 dry_run: false,
                 ..our_hello(Role::Leecher, bytes.byte())
@@ -126,9 +127,24 @@ pub fn seeder_ops(data: &[u8]) {
                 }
                 None
             }
-            _ => {
+            23 => {
                 seeder.abort(AbortCode::Cancelled, "enough".into());
                 None
+            }
+            24 => Some(Message::Keep { key: [6; 32] }),
+            25 => {
+                // Its errors are its events.
+                let _ = seeder.handle_offer(now, bytes.number(), bytes.number());
+                None
+            }
+            26 => Some(Message::OfferEnd),
+            _ => {
+                if bytes.byte().is_multiple_of(2) {
+                    seeder.cut_over(now);
+                    None
+                } else {
+                    Some(Message::CutOver)
+                }
             }
         };
         if let Some(message) = said {

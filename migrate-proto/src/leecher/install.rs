@@ -121,6 +121,15 @@ pub(super) fn check(layout: &Layout, chunks: &Chunks, payload: u64) -> Result<()
     }
 }
 
+/// Whether everything that a frame says is kept was offered and is still as it was.
+pub(super) fn may_keep(chunks: &Chunks, offered: Option<&ChunkBitmap>) -> bool {
+    let mut kept = chunks
+        .runs
+        .iter()
+        .filter(|run| run.content == Content::Kept);
+    kept.all(|run| offered.is_some_and(|offered| offered.runs_within(run.run).eq([run.run])))
+}
+
 impl Residency {
     pub(super) fn new(chunks: u64, bulk_lanes: u8, digests: bool) -> Self {
         let kept = if digests { chunks } else { 0 };
@@ -290,7 +299,7 @@ impl Residency {
                     digests = rest;
                     these
                 }
-                Content::Zero => &[],
+                Content::Zero | Content::Kept => &[],
             };
             if !part.install {
                 continue;
@@ -305,6 +314,8 @@ impl Residency {
                         .zip(theirs)
                         .for_each(|(kept, theirs)| *kept = *theirs),
                     Content::Zero => kept.fill(ZERO_DIGEST),
+                    // Known when the caller has looked.
+                    Content::Kept => kept.fill(0),
                 }
             }
         }
@@ -373,6 +384,19 @@ impl Residency {
             .find(|(_, lane)| lane.credited < lane.last && !lane.deferred)?;
         lane.credited = lane.last;
         Some((u8::try_from(index).expect("256 lanes at most"), lane.last))
+    }
+
+    /// The digests of chunks that are here, and that nothing has named since.
+    pub(super) fn note(&mut self, run: ChunkRun, digests: &[u64]) {
+        if self.digests.is_empty() {
+            return;
+        }
+        let range = clamp(run, self.digests.len());
+        for ((chunk, kept), &digest) in range.clone().zip(&mut self.digests[range]).zip(digests) {
+            if !self.remote.contains(chunk as u64) {
+                *kept = digest;
+            }
+        }
     }
 
     pub(super) fn digests(&self, run: ChunkRun) -> &[u64] {

@@ -3,6 +3,7 @@
 use alloc::vec::Vec;
 
 use super::lanes::Lanes;
+use super::offers::Offers;
 use super::pace::Pace;
 use super::{Batch, SeederConfig};
 use crate::bitmap::ChunkBitmap;
@@ -20,6 +21,9 @@ const MAX_FETCHES: usize = 1 << 20;
 
 /// Rounds smaller than this say more about latency than about bandwidth.
 const TELLING: u64 = 4 << 20;
+
+/// How long a round lasts at least while nobody has asked for the cut-over: a take costs up to 5 ms a GiB, and nobody waits for it.
+const LEISURE: Micros = Micros::from_millis(200);
 
 /// What exists once both sides agree.
 #[derive(Debug)]
@@ -43,6 +47,12 @@ pub(super) struct Session {
     pub(super) stalled: u32,
     pub(super) observation: Option<Observation>,
     pub(super) fetches: u64,
+    /// What the leecher has of an earlier time, if that is kept and while it tells.
+    pub(super) offers: Option<Offers>,
+    /// Bytes that were sent in this round.
+    payload: u64,
+    /// The round in which the cut-over was asked for.
+    pub(super) first_round: u32,
 }
 
 impl Session {
@@ -63,6 +73,9 @@ impl Session {
             stalled: 0,
             observation: None,
             fetches: 0,
+            offers: agreement.keep.then(|| Offers::new(chunks)),
+            payload: 0,
+            first_round: 0,
             agreement,
         }
     }
@@ -74,7 +87,63 @@ impl Session {
     }
 
     pub(super) fn nothing_pending(&self) -> bool {
-        self.holes.is_none() && self.schedule.is_empty()
+        self.offers.is_none() && self.holes.is_none() && self.schedule.is_empty()
+    }
+
+    /// The first pass begins: what the leecher may still offer waits until it has.
+    pub(super) fn begin(&mut self, present: &ChunkBitmap) {
+        match &mut self.offers {
+            Some(offers) => {
+                let free = offers.begin(present);
+                self.let_go(&free);
+            }
+            None => {
+                let nothing = ChunkBitmap::empty(present.chunks());
+                self.schedule.add(present, &nothing);
+            }
+        }
+    }
+
+    /// The leecher begins to offer.
+    pub(super) fn keep(&mut self) -> Result<(), ProtocolError> {
+        self.offers_mut()?.open()
+    }
+
+    /// The leecher has offered `count` chunks from `first` on, and none before that it has not offered already.
+    pub(super) fn offer(&mut self, first: u64, count: u64) -> Result<(), ProtocolError> {
+        let free = self.offers_mut()?.advance(first, count)?;
+        self.let_go(&free);
+        Ok(())
+    }
+
+    pub(super) fn offered_all(&mut self) -> Result<(), ProtocolError> {
+        let free = self.offers_mut()?.end()?;
+        self.let_go(&free);
+        Ok(())
+    }
+
+    fn offers_mut(&mut self) -> Result<&mut Offers, ProtocolError> {
+        self.offers.as_mut().ok_or(ProtocolError::Violation {
+            reason: "it offers chunks although that was not agreed, or after it said that it had no more",
+        })
+    }
+
+    /// These chunks need not wait any more.
+    fn let_go(&mut self, free: &[ChunkRun]) {
+        self.schedule.add_runs(free);
+        if self.offers.as_ref().is_some_and(Offers::is_over) {
+            self.offers = None;
+        }
+    }
+
+    /// When the next dirty set is taken at the earliest, if nobody has asked for the cut-over.
+    pub(super) fn next_take(&self) -> Micros {
+        self.round_began.plus(LEISURE)
+    }
+
+    /// A frame with so many bytes is sent.
+    pub(super) fn filled(&mut self, payload: u64) {
+        self.payload = self.payload.saturating_add(payload);
     }
 
     /// Begins a round with `set`: those chunks are remote at the leecher again.
@@ -82,6 +151,7 @@ impl Session {
         self.round += 1;
         self.round_began = now;
         self.round_bytes = self.bytes_of(set);
+        self.payload = 0;
         self.lanes.outdate();
         self.outstanding.union_with(set);
         self.schedule.add(set, &self.previous);
@@ -102,9 +172,15 @@ impl Session {
     ) -> Observation {
         let took = now.since(self.round_began);
         let bytes = self.bytes_of(dirty);
-        let rate = u128::from(self.round_bytes) * 1_000_000 / u128::from(took.0.max(1));
+        // What the leecher has kept says nothing about the link.
+        let moved = if self.round == 0 && self.agreement.keep {
+            self.payload.min(self.round_bytes)
+        } else {
+            self.round_bytes
+        };
+        let rate = u128::from(moved) * 1_000_000 / u128::from(took.0.max(1));
         let rate = u64::try_from(rate).unwrap_or(u64::MAX).max(1);
-        self.bandwidth = if self.round_bytes >= TELLING {
+        self.bandwidth = if moved >= TELLING {
             rate
         } else {
             // A small round is slower than the link, never faster.

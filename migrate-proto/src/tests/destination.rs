@@ -3,6 +3,8 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
+use super::chance::Chance;
+use super::source::Source;
 use crate::chunk::ChunkRun;
 use crate::leecher::{Fault, Leecher};
 
@@ -10,6 +12,8 @@ use crate::leecher::{Fault, Leecher};
 #[derive(Debug)]
 pub(super) struct Destination {
     pub(super) memory: Vec<Option<u64>>,
+    /// What it held before the session.
+    pub(super) old: Vec<Option<u64>>,
     /// What the destination itself wrote last.
     pub(super) written: Vec<Option<u64>>,
     pub(super) running: bool,
@@ -41,10 +45,19 @@ pub(super) enum Seen {
 }
 
 impl Destination {
-    pub(super) fn new(chunks: u64, viewers: usize) -> Self {
-        let chunks = usize::try_from(chunks).unwrap();
+    /// It holds what it had of an earlier time: some of it is what the source has now.
+    pub(super) fn new(source: &Source, chance: &mut Chance, viewers: usize) -> Self {
+        let chunks = usize::try_from(source.chunks()).unwrap();
+        let old: Vec<_> = (0..source.chunks())
+            .map(|chunk| match chance.below(3) {
+                0 => None,
+                1 => Some(source.content(chunk)),
+                _ => Some(chance.below(1000)),
+            })
+            .collect();
         Self {
-            memory: vec![None; chunks],
+            memory: old.clone(),
+            old,
             written: vec![None; chunks],
             running: false,
             armed: false,

@@ -97,7 +97,7 @@ fn with_post_copy_stale_chunks_are_made_absent_before_the_guest_stands_still() {
     let mut rig = Rig::prefetched(Options {
         verify: Verify::Off,
         post_copy: PostCopy::Always,
-        dry_run: false,
+        ..Options::default()
     });
     rig.seeder.handle_dirty(rig.now, set(&[4, 5]));
     rig.talk();

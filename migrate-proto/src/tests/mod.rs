@@ -1,5 +1,6 @@
 //! Whole sessions over a virtual link, in virtual time: no thread, no clock, every run repeatable from its seed.
 
+mod capabilities;
 mod chance;
 mod destination;
 mod directed;

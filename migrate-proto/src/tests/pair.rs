@@ -7,7 +7,7 @@ mod check;
 mod origin;
 mod target;
 
-use alloc::collections::VecDeque;
+use alloc::collections::{BTreeMap, VecDeque};
 use alloc::format;
 use alloc::string::String;
 use alloc::vec;
@@ -23,7 +23,7 @@ use crate::chunk::{ChunkSize, RegionDescriptor};
 use crate::converge::{Budget, Micros, PostCopy};
 use crate::error::{AbortCode, ProtocolError};
 use crate::handover::Token;
-use crate::hello::{Hello, Role, VERSIONS, Verify};
+use crate::hello::{Hello, Role, VERSIONS, Verify, capability};
 use crate::leecher::{self, Leecher, LeecherConfig, Part, ZERO_DIGEST};
 use crate::message::Chunks;
 use crate::seeder::{self, Batch, Seeder, SeederConfig};
@@ -41,6 +41,10 @@ pub(super) struct Plan {
     pub(super) verify: Verify,
     pub(super) dry_run: bool,
     pub(super) downtime: Micros,
+    /// Whether the seeder and the leecher can keep what the leecher has.
+    pub(super) keep: (bool, bool),
+    /// Whether one of them waits to be asked for the cut-over, and when that is.
+    pub(super) hold: Option<(Role, u64)>,
     /// The guest writes once in so many steps.
     pub(super) writes: u64,
     /// The slowest frame, in microseconds.
@@ -121,6 +125,9 @@ pub(super) struct Pair {
     state_sent: u64,
     filling: Vec<Option<Batch>>,
     digests: Vec<u64>,
+    /// What the leecher has offered.
+    offers: BTreeMap<u64, u64>,
+    pub(super) kept: u64,
     pub(super) released: bool,
     pub(super) releases: u32,
     pub(super) seeder_end: Option<End>,
@@ -131,6 +138,8 @@ pub(super) struct Pair {
     pub(super) destination: Destination,
     /// What the thread at the destination works on; it polls the next event when this one is done.
     obeying: Option<leecher::Event>,
+    /// The next chunk to be offered.
+    offering: Option<u64>,
     loading: Option<u64>,
     /// Load was asked for: from here on nobody may see anything stale.
     settled: bool,
@@ -152,11 +161,18 @@ const CONTROL: usize = 0;
 const URGENT: usize = 1;
 
 fn hello(plan: &Plan, role: Role) -> Hello {
+    let (seeder, leecher) = plan.keep;
+    let keeps = if role == Role::Seeder {
+        seeder
+    } else {
+        leecher
+    };
+    let holds = role == Role::Leecher && plan.hold.is_some_and(|(who, _)| who == role);
     Hello {
         oldest: VERSIONS.0,
         newest: VERSIONS.1,
-        required: 0,
-        optional: 0,
+        required: if holds { capability::CUT_OVER } else { 0 },
+        optional: capability::CUT_OVER | if keeps { capability::KEEP } else { 0 },
         role,
         chunk_size: ChunkSize::PAGE,
         regions: (0..)
@@ -204,6 +220,7 @@ impl Pair {
                 token: Token([7; 16]),
                 fixed_blackout: Micros(100),
                 silence: plan.silence,
+                hold: plan.hold.is_some_and(|(who, _)| who == Role::Seeder),
             },
         );
         let leecher = Leecher::new(
@@ -213,8 +230,10 @@ impl Pair {
                 window: plan.window,
                 lanes: plan.lanes,
                 silence: plan.silence,
+                key: [9; 32],
             },
         );
+        let destination = Destination::new(&source, &mut chance, 3);
         let mut lane = || {
             let mut lane = Lane::new(chance.below(plan.delay + 1));
             lane.twice = plan.twice;
@@ -235,14 +254,17 @@ impl Pair {
             state_sent: 0,
             filling: vec![None; bulk + 1],
             digests: vec![0; usize::try_from(chunks).unwrap()],
+            offers: BTreeMap::new(),
+            kept: 0,
             released: false,
             releases: 0,
             seeder_end: None,
             restored: ChunkBitmap::empty(chunks),
             started: false,
             leecher,
-            destination: Destination::new(chunks, 3),
+            destination,
             obeying: None,
+            offering: None,
             loading: None,
             settled: false,
             receiving: (0..=bulk).map(|_| None).collect(),
@@ -291,6 +313,7 @@ impl Pair {
         );
         self.now = self.now.plus(Micros(self.chance.below(60)));
         self.make_trouble();
+        self.ask_for_the_cut_over();
         if self.source.running && self.chance.one_in(self.plan.writes) {
             self.source.write_somewhere(&mut self.chance);
         }
@@ -300,6 +323,28 @@ impl Pair {
         self.carry_up();
         self.keep_time();
         self.check();
+    }
+
+    /// Whoever may be asked does not mind which side does.
+    fn ask_for_the_cut_over(&mut self) {
+        let Some((_, step)) = self.plan.hold else {
+            return;
+        };
+        if self.step == step {
+            assert!(
+                self.seeder.is_held()
+                    || self.seeder.agreement().is_none_or(|a| a.dry_run)
+                    || self.is_over()
+            );
+            if self.chance.one_in(2) {
+                self.seeder.cut_over(self.now);
+            } else {
+                self.leecher.cut_over();
+            }
+        } else if self.step < step {
+            let decided = ["suspending", "suspended", "released"];
+            assert!(!decided.contains(&self.seeder.phase()), "nobody asked");
+        }
     }
 
     fn make_trouble(&mut self) {

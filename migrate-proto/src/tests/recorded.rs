@@ -108,6 +108,25 @@ pub(super) fn samples() -> Vec<Message> {
     ]
 }
 
+/// What came with capabilities: every message once, then the kind of chunks that is kept.
+pub(super) fn samples_of_capabilities() -> Vec<Message> {
+    vec![
+        Message::Keep { key: [0x5A; 32] },
+        Message::Offer { first: 128 },
+        Message::OfferEnd,
+        Message::CutOver,
+        Message::Chunks(Chunks {
+            sequence: 10,
+            round: 0,
+            runs: vec![Run {
+                run: ChunkRun::new(128, 4),
+                content: Content::Kept,
+            }],
+            digests: Vec::new(),
+        }),
+    ]
+}
+
 /// Recorded when version 1 was written. A line is never changed; a later version appends its own.
 const RECORDED: &[&str] = &[
     "0100000044000000000000004f061a31010001000000000000000000020100000000000000000001000102000100060070632e72616d0010000001000000040071656d75010007006d616368696e650300713335",
@@ -135,6 +154,15 @@ const RECORDED: &[&str] = &[
     "1600000000000000000000007a7db36a",
 ];
 
+/// Recorded when the capabilities came.
+const RECORDED_OF_CAPABILITIES: &[&str] = &[
+    "1700000020000000000000006a74a5285a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a",
+    "180000000800000000000000fd1d8f438000000000000000",
+    "1900000000000000000000005a621a57",
+    "1a00000000000000000000006034266c",
+    "070000001f000000000000005096f24a0a000000000000000000000001008000000000000000040000000000000002",
+];
+
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
@@ -145,10 +173,9 @@ fn unhex(text: &str) -> Vec<u8> {
         .collect()
 }
 
-#[test]
-fn recorded_bytes_of_version_1_still_mean_what_they_meant() {
-    assert_eq!(RECORDED.len(), samples().len());
-    for (recorded, message) in RECORDED.iter().zip(samples()) {
+fn still_mean(recorded: &[&str], samples: Vec<Message>) {
+    assert_eq!(recorded.len(), samples.len());
+    for (recorded, message) in recorded.iter().zip(samples) {
         let bytes = unhex(recorded);
         let (header, body) = bytes.split_first_chunk::<HEADER_LEN>().unwrap();
         let header = FrameHeader::decode(header).unwrap();
@@ -156,13 +183,28 @@ fn recorded_bytes_of_version_1_still_mean_what_they_meant() {
     }
 }
 
-#[test]
-fn version_1_still_writes_the_bytes_that_were_recorded() {
-    for (recorded, message) in RECORDED.iter().zip(samples()) {
+fn are_still_written(recorded: &[&str], samples: Vec<Message>) {
+    for (recorded, message) in recorded.iter().zip(samples) {
         let mut frame = Vec::new();
         encode_frame(&message, 0, &mut frame);
         assert_eq!(hex(&frame), *recorded, "{}", message.name());
     }
+}
+
+#[test]
+fn recorded_bytes_of_version_1_still_mean_what_they_meant() {
+    still_mean(RECORDED, samples());
+}
+
+#[test]
+fn version_1_still_writes_the_bytes_that_were_recorded() {
+    are_still_written(RECORDED, samples());
+}
+
+#[test]
+fn recorded_bytes_of_capabilities_still_mean_what_they_meant() {
+    still_mean(RECORDED_OF_CAPABILITIES, samples_of_capabilities());
+    are_still_written(RECORDED_OF_CAPABILITIES, samples_of_capabilities());
 }
 
 #[test]
@@ -171,4 +213,6 @@ fn every_message_is_recorded() {
     let mut expected: Vec<u8> = (1..=22).collect();
     expected.insert(5, 5);
     assert_eq!(tags, expected);
+    let tags: Vec<_> = samples_of_capabilities().iter().map(Message::tag).collect();
+    assert_eq!(tags, [23, 24, 25, 26, 7]);
 }

@@ -28,6 +28,8 @@ pub(super) struct Options {
     pub(super) verify: Verify,
     pub(super) dry_run: bool,
     pub(super) post_copy: PostCopy,
+    /// Capabilities of both sides.
+    pub(super) optional: u64,
 }
 
 pub(super) fn hello(role: Role, options: Options) -> Hello {
@@ -35,7 +37,7 @@ pub(super) fn hello(role: Role, options: Options) -> Hello {
         oldest: VERSIONS.0,
         newest: VERSIONS.1,
         required: 0,
-        optional: 0,
+        optional: options.optional,
         role,
         chunk_size: ChunkSize::PAGE,
         regions: vec![RegionDescriptor {
@@ -65,6 +67,7 @@ pub(super) fn seeder_with(hello: Hello, post_copy: PostCopy) -> Seeder {
             token: Token([3; 16]),
             fixed_blackout: Micros(0),
             silence: SILENCE,
+            hold: false,
         },
     )
 }
@@ -77,6 +80,7 @@ pub(super) fn leecher_with(hello: Hello) -> Leecher {
             window: 1 << 20,
             lanes: 1,
             silence: SILENCE,
+            key: [4; 32],
         },
     )
 }
@@ -152,7 +156,7 @@ impl Rig {
         let mut rig = Self::prefetched(Options {
             verify,
             post_copy: PostCopy::Always,
-            dry_run: false,
+            ..Options::default()
         });
         rig.seeder.handle_dirty(rig.now, set(dirty));
         assert!(matches!(

@@ -60,6 +60,11 @@ fn plan(chance: &mut Chance) -> Plan {
         verify: chance.pick(&[Verify::Off, Verify::Before, Verify::After]),
         dry_run: chance.one_in(25),
         downtime: Micros(chance.pick(&[500, 5_000, 60_000])),
+        keep: (!chance.one_in(4), chance.one_in(2)),
+        hold: chance.one_in(6).then(|| {
+            let who = chance.pick(&[Role::Seeder, Role::Leecher]);
+            (who, chance.between(1, 4000))
+        }),
         writes: chance.pick(&[2, 5, 20, 200]),
         delay: chance.pick(&[0, 100, 1000, 3000]),
         twice: chance.pick(&[None, Some(3)]),
@@ -69,7 +74,8 @@ fn plan(chance: &mut Chance) -> Plan {
     }
 }
 
-fn play(seed: u64, trace: bool) -> [u64; 4] {
+/// Sessions that were done, aborted, undecided, lost; and those that kept something.
+fn play(seed: u64, trace: bool) -> [u64; 5] {
     let mut chance = Chance::new(seed);
     let plan = plan(&mut chance);
     if trace {
@@ -90,14 +96,15 @@ fn play(seed: u64, trace: bool) -> [u64; 4] {
         let verified = plan.verify != Verify::Off && end == End::Done && !plan.dry_run;
         assert_eq!(pair.verdict.is_some(), verified);
     }
+    let kept = u64::from(pair.kept > 0);
     match end {
-        End::Done => [1, 0, 0, 0],
+        End::Done => [1, 0, 0, 0, kept],
         End::Aborted(_) => {
             again(&plan, pair.source, chance, trace);
-            [0, 1, 0, 0]
+            [0, 1, 0, 0, kept]
         }
-        _ if pair.leecher_end == Some(End::Undecided) => [0, 0, 1, 0],
-        _ => [0, 0, 0, 1],
+        _ if pair.leecher_end == Some(End::Undecided) => [0, 0, 1, 0, kept],
+        _ => [0, 0, 0, 1, kept],
     }
 }
 
@@ -119,7 +126,7 @@ fn again(plan: &Plan, source: Source, chance: Chance, trace: bool) {
 
 #[test]
 fn every_schedule_ends_with_equal_bytes_or_with_the_source_running() {
-    let mut ends = [0; 4];
+    let mut ends = [0; 5];
     // A soak runs other seeds: `MEMFERRY_FIRST_SEED=100000`.
     let first = std::env::var("MEMFERRY_FIRST_SEED").map_or(0, |first| first.parse().unwrap());
     for seed in first..first + 2000 {
@@ -131,10 +138,10 @@ fn every_schedule_ends_with_equal_bytes_or_with_the_source_running() {
             *sum += end;
         }
     }
-    println!("done, aborted, undecided, lost: {ends:?}");
+    println!("done, aborted, undecided, lost, kept something: {ends:?}");
     // A suite whose trouble never strikes in the interesting moments proves little.
     let enough: Vec<_> = ends.iter().map(|&end| end >= 40).collect();
-    assert_eq!(enough, [true; 4], "{ends:?}");
+    assert_eq!(enough, [true; 5], "{ends:?}");
 }
 
 /// `MEMFERRY_SEED=n cargo test -p migrate-proto replay_one -- --nocapture` tells the story of one seed.

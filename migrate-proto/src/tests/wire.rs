@@ -322,5 +322,11 @@ fn the_message_table_of_the_protocol_page_is_the_code() {
         })
         .collect();
     code.dedup();
+    for message in super::recorded::samples_of_capabilities() {
+        if message.tag() > 22 {
+            let payload = Message::carries_payload(message.tag());
+            code.push((message.tag(), message.name().to_string(), payload));
+        }
+    }
     assert_eq!(tags, code);
 }

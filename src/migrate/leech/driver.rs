@@ -1,22 +1,24 @@
 //! The script of the destination: what to do at each event of the state machine.
 
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use migrate_proto::leecher::Event;
 use migrate_proto::{
     AbortCode, ChunkBitmap, ChunkRun, ChunkSize, Hello, Layout, Leecher, LeecherConfig, Message,
-    RegionDescriptor, Role, VERSIONS, Verify,
+    RegionDescriptor, Role, VERSIONS, Verify, capability,
 };
 
 use super::faults::{FaultCounters, serve_faults};
 use super::lanes::Receiving;
+use super::offer::offer;
 use super::state::IncomingState;
 use super::{LeechError, LeechOutcome};
-use crate::chunk::Install;
+use crate::chunk::{Install, Storage};
 use crate::migrate::cancel::Cancel;
 use crate::migrate::clock::{Clock, micros};
+use crate::migrate::cut_over::CutOver;
 use crate::migrate::ending::{Cause, LINGER, bytes_of, local, wait_until};
 use crate::migrate::monitor::Monitor;
 use crate::migrate::on_panic::OnPanic;
@@ -27,6 +29,7 @@ use crate::migrate::progress::{
 };
 use crate::subject::{Description, Incoming, SubjectError};
 use crate::transport::{LaneError, LaneReader, LaneWriter, Session};
+use rustix::rand::GetRandomFlags;
 
 /// How often progress is reported, and how long a wish to cancel may go unnoticed.
 const TICK: Duration = Duration::from_millis(100);
@@ -46,6 +49,9 @@ pub(super) struct Driver<'a> {
     clock: Clock,
     counters: Counters,
     faults: FaultCounters,
+    /// What the memory holds of an earlier time, if that is worth to be compared.
+    old: Option<Vec<Arc<dyn Storage>>>,
+    key: [u8; 32],
 }
 
 /// What is kept for the report, and while the session fails.
@@ -61,6 +67,12 @@ struct Course {
     verified: Option<Verdict>,
     failure: Option<Cause>,
     not_running: Option<SubjectError>,
+}
+
+/// Threads that are needed only in some sessions.
+struct Threads<'a> {
+    serve_faults: &'a mut dyn FnMut(),
+    offer: &'a mut dyn FnMut(),
 }
 
 impl<'a> Driver<'a> {
@@ -82,17 +94,21 @@ impl<'a> Driver<'a> {
             clock: Clock::start(),
             counters: Counters::default(),
             faults: FaultCounters::default(),
+            old: memory.old(),
+            key: [0; 32],
         }
     }
 
     /// Runs the session to its end.
-    pub(super) fn run(self, subject: &mut dyn Incoming) -> Result<LeechOutcome, LeechError> {
+    pub(super) fn run(mut self, subject: &mut dyn Incoming) -> Result<LeechOutcome, LeechError> {
         let aborted = |source| LeechError::Aborted {
             cause: Cause::Local {
                 what: "cannot begin a session",
                 source,
             },
         };
+        rustix::rand::getrandom(&mut self.key, GetRandomFlags::empty())
+            .map_err(|errno| aborted(errno.into()))?;
         let monitor = Monitor::new(Leecher::new(self.clock.now(), self.config(subject)));
         let (reader, writer) = self.session.control.split().map_err(aborted)?;
         let state = IncomingState::new().map_err(aborted)?;
@@ -102,6 +118,7 @@ impl<'a> Driver<'a> {
             clock: self.clock,
             memory: self.memory,
             counters: &self.counters,
+            old: self.old.as_deref(),
             layout: OnceLock::new(),
         };
         thread::scope(|scope| {
@@ -119,7 +136,16 @@ impl<'a> Driver<'a> {
             let mut serve_faults = || {
                 scope.spawn(move || serve_faults(receiving, &this.faults, &this.session.urgent));
             };
-            let outcome = self.drive(monitor, writer, state, subject, &mut serve_faults);
+            let mut offer = || {
+                if let Some(old) = &this.old {
+                    scope.spawn(move || offer(receiving, old, writer, &this.key));
+                }
+            };
+            let mut threads = Threads {
+                serve_faults: &mut serve_faults,
+                offer: &mut offer,
+            };
+            let outcome = self.drive(monitor, writer, state, subject, &mut threads);
             monitor.close();
             // As at the source: the last messages go out and are read before the sockets are shut.
             let end = Instant::now() + LINGER;
@@ -136,8 +162,17 @@ impl<'a> Driver<'a> {
             hello: Hello {
                 oldest: VERSIONS.0,
                 newest: VERSIONS.1,
-                required: 0,
-                optional: 0,
+                required: if self.options.cut_over.is_some() {
+                    capability::CUT_OVER
+                } else {
+                    0
+                },
+                optional: capability::CUT_OVER
+                    | if self.old.is_some() {
+                        capability::KEEP
+                    } else {
+                        0
+                    },
                 role: Role::Leecher,
                 chunk_size: ChunkSize::PAGE,
                 regions: self
@@ -158,6 +193,7 @@ impl<'a> Driver<'a> {
             window: self.options.window,
             lanes: u8::try_from(self.session.bulk.len()).unwrap_or(u8::MAX),
             silence: micros(self.options.silence),
+            key: self.key,
         }
     }
 
@@ -243,7 +279,7 @@ impl<'a> Driver<'a> {
         writer: &Mutex<LaneWriter>,
         state: &IncomingState,
         subject: &mut dyn Incoming,
-        serve_faults: &mut dyn FnMut(),
+        threads: &mut Threads<'_>,
     ) -> Result<LeechOutcome, LeechError> {
         let mut course = Course::default();
         let mut rate = Rate::new();
@@ -256,14 +292,12 @@ impl<'a> Driver<'a> {
                 continue;
             };
             let result = match event {
-                Event::Prepare => self.prepare(monitor, subject, &mut course),
+                Event::Prepare => self.prepare(monitor, subject, &mut course, threads),
                 Event::Finalize { remote } => {
                     self.enter(&mut course, Phase::CutOver);
-                    self.make_absent(monitor, &remote, &mut course, serve_faults)
+                    self.make_absent(monitor, &remote, &mut course, threads)
                 }
-                Event::Discard { stale } => {
-                    self.make_absent(monitor, &stale, &mut course, serve_faults)
-                }
+                Event::Discard { stale } => self.make_absent(monitor, &stale, &mut course, threads),
                 Event::Digests => self.send_digests(monitor, writer),
                 Event::Load { len, digest } => {
                     course.state_bytes = len;
@@ -360,6 +394,14 @@ impl<'a> Driver<'a> {
         let cancelled = self.cancel.is_cancelled();
         monitor.tell(|leecher| {
             leecher.handle_timeout(now);
+            let asked = self
+                .options
+                .cut_over
+                .as_ref()
+                .is_some_and(CutOver::is_asked);
+            if asked {
+                leecher.cut_over();
+            }
             // A source that waits for nothing but our Ready may be told; one that has released may not.
             if cancelled && !course.owned && leecher.phase() != "ready" {
                 leecher.abort(AbortCode::Cancelled, "cancelled by the user".into());
@@ -399,12 +441,14 @@ impl<'a> Driver<'a> {
         });
     }
 
-    /// Compares the subjects, then makes the memory empty: what was in it would pass for the source's.
+    /// Compares the subjects, then makes the memory empty: what was in it would pass for the source's. Unless it is kept: then the source
+    /// is told what there is.
     fn prepare(
         &self,
         monitor: &Monitor<Leecher>,
         subject: &dyn Incoming,
         course: &mut Course,
+        threads: &mut Threads<'_>,
     ) -> Result<(), Cause> {
         let (theirs, agreement) = {
             let state = monitor.lock();
@@ -426,11 +470,16 @@ impl<'a> Driver<'a> {
         });
         if !agreement.dry_run {
             self.enter(course, Phase::PreCopy);
-            self.memory
-                .clear()
-                .map_err(local("cannot empty the destination's memory"))?;
+            if !agreement.keep {
+                self.memory
+                    .clear()
+                    .map_err(local("cannot empty the destination's memory"))?;
+            }
         }
         monitor.tell(Leecher::handle_prepared);
+        if agreement.keep {
+            (threads.offer)();
+        }
         Ok(())
     }
 
@@ -441,7 +490,7 @@ impl<'a> Driver<'a> {
         monitor: &Monitor<Leecher>,
         remote: &ChunkBitmap,
         course: &mut Course,
-        serve_faults: &mut dyn FnMut(),
+        threads: &mut Threads<'_>,
     ) -> Result<(), Cause> {
         if remote.is_empty() {
             return Ok(());
@@ -451,7 +500,7 @@ impl<'a> Driver<'a> {
                 .arm()
                 .map_err(local("cannot watch the guest's memory"))?;
             course.armed = true;
-            serve_faults();
+            (threads.serve_faults)();
         }
         let layout = self.layout(monitor);
         let mut bytes = vec![0; layout.regions().len()];

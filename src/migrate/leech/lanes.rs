@@ -1,7 +1,7 @@
 //! The threads that receive chunks.
 
 use std::io;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use migrate_proto::leecher::{Admission, Part};
@@ -9,7 +9,8 @@ use migrate_proto::{
     AbortCode, Chunks, Content, Layout, Leecher, Message, ProtocolError, chunk_digest,
 };
 
-use crate::chunk::{Install, Place};
+use super::offer::kept_digests;
+use crate::chunk::{ChunkRun, Install, Place, Storage};
 use crate::migrate::clock::Clock;
 use crate::migrate::monitor::Monitor;
 use crate::migrate::on_panic::OnPanic;
@@ -26,6 +27,8 @@ pub(super) struct Receiving<'a> {
     pub(super) clock: Clock,
     pub(super) memory: &'a dyn Install,
     pub(super) counters: &'a Counters,
+    /// What the memory holds of an earlier time, if that is kept.
+    pub(super) old: Option<&'a [Arc<dyn Storage>]>,
     /// What was agreed, once a frame has come.
     pub(super) layout: OnceLock<Layout>,
 }
@@ -127,8 +130,12 @@ impl Receiving<'_> {
         reader.read_exact(payload)?;
         self.install(layout, &chunks, &parts, direct, payload)?;
         self.count(layout, &parts);
+        let kept = self.look_at_kept(layout, &parts)?;
         let mut state = self.monitor.lock();
         state.machine.handle_installed(lane, &chunks, &parts);
+        for (run, digests) in &kept {
+            state.machine.handle_kept(*run, digests);
+        }
         if reader.has_more() {
             state.machine.defer_credit(lane);
         }
@@ -138,6 +145,26 @@ impl Receiving<'_> {
         }
         self.monitor.tell(|_| ());
         Ok(())
+    }
+
+    /// The digests of what was kept, where copies are compared.
+    fn look_at_kept(
+        &self,
+        layout: &Layout,
+        parts: &[Part],
+    ) -> Result<Vec<(ChunkRun, Vec<u64>)>, ReceiveError> {
+        let Some(old) = self.old else {
+            return Ok(Vec::new());
+        };
+        let mut kept = parts
+            .iter()
+            .filter(|part| part.install && part.content == Content::Kept)
+            .peekable();
+        if kept.peek().is_none() || !self.monitor.lock().machine.is_verified() {
+            return Ok(Vec::new());
+        }
+        kept.map(|part| Ok((part.run, kept_digests(layout, old, part.run)?)))
+            .collect()
     }
 
     /// Absent is zero. Who waits for such a chunk faults again and gets a page then: not before the chunk counts as
@@ -203,8 +230,11 @@ impl Receiving<'_> {
                 .map(|part| layout.bytes_in(part.run))
                 .sum()
         };
-        self.counters
-            .memory(bytes(Content::Data), bytes(Content::Zero));
+        self.counters.memory(
+            bytes(Content::Data),
+            bytes(Content::Zero),
+            bytes(Content::Kept),
+        );
     }
 
     /// Puts the wanted parts of a frame where they belong: over what is there while nobody looks (`direct`), else in
@@ -226,9 +256,12 @@ impl Receiving<'_> {
                     region: span.region,
                     offset: span.offset,
                 };
+                if part.content == Content::Kept {
+                    continue;
+                }
                 if part.content == Content::Zero {
-                    // In the first pass nothing is there yet, and later on nothing is overwritten.
-                    if part.install && direct && chunks.round > 0 {
+                    // In the first pass nothing is there yet, unless it is kept, and later on nothing is overwritten.
+                    if part.install && direct && (chunks.round > 0 || self.old.is_some()) {
                         self.memory
                             .discard(span.region, span.offset..span.offset + span.len)?;
                     }

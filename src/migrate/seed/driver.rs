@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use migrate_proto::seeder::Event;
 use migrate_proto::{
     AbortCode, Agreement, ChunkBitmap, Decision, Hello, Layout, Message, Micros, Role, Seeder,
-    SeederConfig, Token, VERSIONS, Verify,
+    SeederConfig, Token, VERSIONS, Verify, capability,
 };
 use rustix::rand::GetRandomFlags;
 
@@ -16,11 +16,13 @@ use super::compare::Digests;
 use super::forecast;
 use super::lanes::Sending;
 use super::let_go::LetGo;
+use super::offers::Offers;
 use super::state::StateSink;
 use super::{SeedError, SeedOutcome, SourceRegion, present_chunks, restore_dirty, take_dirty};
 use crate::dirty::DirtyTracker;
 use crate::migrate::cancel::Cancel;
 use crate::migrate::clock::{Clock, duration, micros};
+use crate::migrate::cut_over::CutOver;
 use crate::migrate::ending::{Cause, LINGER, bytes_of, local, wait_until};
 use crate::migrate::monitor::Monitor;
 use crate::migrate::on_panic::OnPanic;
@@ -54,6 +56,7 @@ pub(super) struct Driver<'a> {
     counters: Counters,
     digests: Mutex<Option<Digests>>,
     let_go: LetGo,
+    offers: Offers,
 }
 
 /// Moments of the cut-over, for the report.
@@ -93,6 +96,7 @@ impl<'a> Driver<'a> {
             counters: Counters::default(),
             digests: Mutex::new(None),
             let_go: LetGo::default(),
+            offers: Offers::default(),
         }
     }
 
@@ -115,6 +119,7 @@ impl<'a> Driver<'a> {
             regions: self.regions,
             layout: self.layout,
             counters: &self.counters,
+            offers: &self.offers,
         };
         let outcome = thread::scope(|scope| {
             let (this, monitor, writer, sending) = (&self, &monitor, &writer, &sending);
@@ -157,7 +162,7 @@ impl<'a> Driver<'a> {
                 oldest: VERSIONS.0,
                 newest: VERSIONS.1,
                 required: 0,
-                optional: 0,
+                optional: capability::KEEP | capability::CUT_OVER,
                 role: Role::Seeder,
                 chunk_size: self.options.chunk_size,
                 regions: self.layout.regions().to_vec(),
@@ -174,6 +179,7 @@ impl<'a> Driver<'a> {
             token: Token(token),
             fixed_blackout: FIXED_BLACKOUT,
             silence: micros(self.options.silence),
+            hold: self.options.cut_over.is_some(),
         })
     }
 
@@ -206,7 +212,19 @@ impl<'a> Driver<'a> {
                 _ => None,
             };
             let now = self.clock.now();
-            // What is wrong with it has closed the session and is told as an event.
+            // What is wrong with a message has closed the session and is told as an event.
+            match message {
+                Message::Offer { first } => {
+                    // Before the machine lets those chunks go.
+                    monitor.tell(|seeder| match self.offers.put(first, &buffer) {
+                        Ok(count) => drop(seeder.handle_offer(now, first, count)),
+                        Err(reason) => seeder.abort(AbortCode::Protocol, reason.into()),
+                    });
+                    continue;
+                }
+                Message::Keep { key } => self.offers.begin(key),
+                _ => {}
+            }
             let accepted = monitor.tell(|seeder| seeder.handle_message(now, message));
             if let (Ok(()), Some(first)) = (accepted, first) {
                 let mut digests = self.digests();
@@ -370,6 +388,9 @@ impl<'a> Driver<'a> {
         });
         monitor.tell(|seeder| {
             seeder.handle_timeout(now);
+            if self.options.cut_over.as_ref().is_some_and(CutOver::is_asked) {
+                seeder.cut_over(now);
+            }
             if seeder.ownership() != migrate_proto::Ownership::Here {
                 return;
             }
@@ -477,6 +498,7 @@ impl<'a> Driver<'a> {
     }
 
     fn end_round(&self, monitor: &Monitor<Seeder>) -> Result<(), Cause> {
+        self.offers.forget();
         let dirty = self.take(SourceRegion::trackers)?;
         let now = self.clock.now();
         let seen = monitor.tell(|seeder| {

@@ -10,6 +10,7 @@ use migrate_proto::{
 };
 
 use super::SourceRegion;
+use super::offers::{self, Offers};
 use crate::migrate::clock::Clock;
 use crate::migrate::monitor::Monitor;
 use crate::migrate::on_panic::OnPanic;
@@ -28,6 +29,7 @@ pub(super) struct Sending<'a> {
     pub(super) regions: &'a [SourceRegion],
     pub(super) layout: &'a Layout,
     pub(super) counters: &'a Counters,
+    pub(super) offers: &'a Offers,
 }
 
 impl Sending<'_> {
@@ -121,7 +123,7 @@ impl Sending<'_> {
     }
 
     fn send(&self, batch: &Batch, frame: &mut Frame, writer: &mut LaneWriter) -> io::Result<()> {
-        frame.fill(batch, self.regions, self.layout)?;
+        frame.fill(batch, self.regions, self.layout, self.offers)?;
         let now = self.clock.now();
         let memory = frame.payload_len();
         self.monitor
@@ -131,7 +133,7 @@ impl Sending<'_> {
         let message = Message::Chunks(std::mem::take(&mut frame.chunks));
         let bytes = writer.send(&message, &frame.slices())?;
         self.counters.frame(bytes);
-        self.counters.memory(memory, frame.zero);
+        self.counters.memory(memory, frame.zero, frame.kept);
         Ok(())
     }
 
@@ -153,13 +155,22 @@ struct Frame {
     /// The parts of the buffer that are sent: all but zeros.
     parts: Vec<std::ops::Range<usize>>,
     zero: u64,
+    kept: u64,
+    /// What the destination has offered of the chunks of a run.
+    offered: Vec<Option<[u8; 16]>>,
 }
 
 /// Compared with a chunk to see whether it is zero; memcmp does that faster than anything else.
 static ZEROS: [u8; 4 << 20] = [0; 4 << 20];
 
 impl Frame {
-    fn fill(&mut self, batch: &Batch, regions: &[SourceRegion], layout: &Layout) -> io::Result<()> {
+    fn fill(
+        &mut self,
+        batch: &Batch,
+        regions: &[SourceRegion],
+        layout: &Layout,
+        offers: &Offers,
+    ) -> io::Result<()> {
         self.chunks = Chunks {
             sequence: batch.sequence,
             round: batch.round,
@@ -168,6 +179,7 @@ impl Frame {
         };
         self.parts.clear();
         self.zero = 0;
+        self.kept = 0;
         if batch.hole {
             for &run in &batch.runs {
                 self.push(run, Content::Zero);
@@ -192,12 +204,25 @@ impl Frame {
                         format!("cannot read memory region {}: {error}", region.name),
                     )
                 })?;
-            for (chunk, start) in span.run.range().zip((0..len).step_by(size)) {
+            // What was written since it was offered is in a set of its own, so it is only the first pass that compares.
+            let key = if batch.round == 0 {
+                offers.take(span.run, &mut self.offered)
+            } else {
+                None
+            };
+            for (index, (chunk, start)) in span.run.range().zip((0..len).step_by(size)).enumerate()
+            {
                 let end = (start + size).min(len);
                 let bytes = &self.buffer[used + start..used + end];
                 if *bytes == ZEROS[..bytes.len()] {
                     self.zero += bytes.len() as u64;
                     self.push(ChunkRun::new(chunk, 1), Content::Zero);
+                } else if let Some(key) = &key
+                    && let Some(theirs) = self.offered[index]
+                    && theirs == offers::digest(key, bytes)
+                {
+                    self.kept += bytes.len() as u64;
+                    self.push(ChunkRun::new(chunk, 1), Content::Kept);
                 } else {
                     self.chunks.digests.push(chunk_digest(bytes));
                     self.push(ChunkRun::new(chunk, 1), Content::Data);

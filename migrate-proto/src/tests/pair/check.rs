@@ -100,7 +100,7 @@ impl Pair {
         }
         if self.plan.dry_run {
             assert!(self.source.running && !self.released);
-            assert!(self.destination.memory.iter().all(Option::is_none));
+            assert_eq!(self.destination.memory, self.destination.old);
         }
         assert_eq!(self.seeder.poll_timeout(), None);
         assert_eq!(self.leecher.poll_timeout(), None);

@@ -187,6 +187,9 @@ impl Pair {
                 let content = self.source.content(chunk);
                 let kind = if content == 0 {
                     Content::Zero
+                } else if batch.round == 0 && self.offers.get(&chunk) == Some(&content) {
+                    self.kept += 1;
+                    Content::Kept
                 } else {
                     payload.len += layout.bytes_in(ChunkRun::new(chunk, 1));
                     payload.contents.push(content);
@@ -223,7 +226,15 @@ impl Pair {
                         let count = payload.contents.len();
                         self.digests[first..first + count].copy_from_slice(&payload.contents);
                     }
-                    let result = self.seeder.handle_message(self.now, message);
+                    let result = match message {
+                        Message::Offer { first } => {
+                            self.offers
+                                .extend((first..).zip(payload.contents.iter().copied()));
+                            let count = payload.len / 16;
+                            self.seeder.handle_offer(self.now, first, count)
+                        }
+                        message => self.seeder.handle_message(self.now, message),
+                    };
                     self.check_honest(result);
                 }
             }

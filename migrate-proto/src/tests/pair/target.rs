@@ -1,8 +1,9 @@
 //! What an engine, a device load and a guest at the destination do, a piece at a time.
 
 use alloc::format;
+use alloc::vec::Vec;
 
-use super::{CONTROL, End, Pair, Receiving, URGENT};
+use super::{CONTROL, End, Pair, Receiving, URGENT, digest};
 use crate::chunk::ChunkRun;
 use crate::error::AbortCode;
 use crate::handover::Ownership;
@@ -69,6 +70,7 @@ impl Pair {
                             let content = match part.content {
                                 Content::Data => *contents.next().unwrap(),
                                 Content::Zero => 0,
+                                Content::Kept => continue,
                             };
                             if part.install {
                                 self.destination.install(chunk, content, direct);
@@ -81,6 +83,16 @@ impl Pair {
             }
             Some(Receiving::Written(chunks, parts)) => {
                 self.leecher.handle_installed(lane, &chunks, &parts);
+                for part in parts {
+                    if part.install && part.content == Content::Kept {
+                        let digests: Vec<_> = part
+                            .run
+                            .range()
+                            .map(|chunk| digest(self.destination.read(chunk)))
+                            .collect();
+                        self.leecher.handle_kept(part.run, &digests);
+                    }
+                }
                 None
             }
         };
@@ -99,6 +111,11 @@ impl Pair {
                 self.destination.armed |= matches!(event, leecher::Event::Finalize { .. });
                 self.settled |= matches!(event, leecher::Event::Load { .. });
             }
+        }
+        if let Some(next) = self.offering
+            && self.chance.one_in(3)
+        {
+            self.offer(next);
         }
         self.look();
         if let Some(accesses) = self.loading
@@ -181,7 +198,16 @@ impl Pair {
                     self.destination.discard(run);
                 }
             }
-            leecher::Event::Prepare => self.leecher.handle_prepared(),
+            leecher::Event::Prepare => {
+                let agreement = self.leecher.agreement().unwrap();
+                let (keep, dry_run) = (agreement.keep, agreement.dry_run);
+                if keep {
+                    self.offering = Some(0);
+                } else if !dry_run {
+                    self.destination.memory.fill(None);
+                }
+                self.leecher.handle_prepared();
+            }
             leecher::Event::Digests => self.send_digests(),
             leecher::Event::Load { len, digest } => {
                 assert_eq!((len, digest), (self.state_sent, 77));
@@ -208,6 +234,29 @@ impl Pair {
                 let running = self.destination.running;
                 self.leecher_end = Some(End::Lost { missing, running });
             }
+        }
+    }
+
+    /// Offers a few chunks from `next` on, or passes over them.
+    fn offer(&mut self, next: u64) {
+        let chunks = self.source.chunks();
+        let count = self.chance.between(1, 9).min(chunks - next);
+        let run = ChunkRun::new(next, count);
+        if self.chance.one_in(2) && self.leecher.handle_offering(run) {
+            let payload = Payload {
+                len: count * 16,
+                contents: run.range().map(|c| self.destination.read(c)).collect(),
+            };
+            while let Some(message) = self.leecher.poll_message() {
+                let none = Payload::default();
+                self.up[CONTROL].send(self.now, &mut self.chance, &message, none);
+            }
+            let message = Message::Offer { first: next };
+            self.up[CONTROL].send(self.now, &mut self.chance, &message, payload);
+        }
+        self.offering = (run.end() < chunks).then_some(run.end());
+        if self.offering.is_none() {
+            self.leecher.handle_offered();
         }
     }
 
