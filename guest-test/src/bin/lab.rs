@@ -154,7 +154,7 @@ impl Arguments {
         };
         let mut jobs = Vec::new();
         for tests in built {
-            let names = tests.for_lab(wanted)?;
+            let names = tests.ignored_for(wanted)?;
             if !names.is_empty() {
                 eprintln!("{}: {}", tests.name, names.join(", "));
                 jobs.push(self.job(tests, [vec!["--exact".to_owned()], names].concat(), with));

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
+use guest_test::lab::{self, targets};
 use guest_test::{command, image, packages};
 
 /// Runs every check and test that this machine can run.
@@ -25,8 +26,6 @@ struct Step {
     plan: Plan,
     /// Looks at what the last command printed, too; it is then printed when the command has ended.
     judge: Option<fn(&str) -> Result<()>>,
-    /// What its plan names as missing cannot be installed.
-    beyond: bool,
 }
 
 /// The commands of a check, or why they cannot be run here.
@@ -45,8 +44,6 @@ enum Outcome {
     Passed,
     Failed(String),
     Skipped(String),
-    /// Nothing that could be installed makes it run on this machine.
-    Beyond(String),
 }
 
 /// What the steps ask about this machine.
@@ -81,7 +78,6 @@ fn main() -> Result<ExitCode> {
         let began = Instant::now();
         let outcome = match (step.plan)(&machine) {
             Ok(commands) => run(commands, step.judge),
-            Err(reason) if step.beyond => Outcome::Beyond(reason),
             Err(reason) => Outcome::Skipped(reason),
         };
         outcomes.push((step.name, outcome, began.elapsed()));
@@ -94,7 +90,6 @@ fn steps() -> Vec<Step> {
         name,
         plan,
         judge: None,
-        beyond: false,
     };
     vec![
         step("format", |_| {
@@ -109,6 +104,11 @@ fn steps() -> Vec<Step> {
                 cargo(&[&["clippy", "--workspace", "--all-targets"][..], &deny].concat()),
                 guests(cargo(&[&["clippy"][..], &deny].concat())),
             ])
+        }),
+        step("without the default features", |_| {
+            let library = ["clippy", "-p", "memferry", "--lib", "--bins"];
+            let without = ["--no-default-features", "--", "-D", "warnings"];
+            Ok(vec![cargo(&[&library[..], &without].concat())])
         }),
         step("spelling", |machine| {
             let typos = machine.tool("typos", Origin::Pip)?;
@@ -155,25 +155,8 @@ fn steps() -> Vec<Step> {
         }),
         step("privileged tests of the library's insides", |_| {
             may_trace()?;
-            let ignored = ["test", "-p", "memferry", "--lib", "--", "--ignored"];
-            // Measurements are no tests, and what needs another kernel is a step of its own.
-            let rest = ["--skip", "measure", "--skip", "soft_dirty"];
-            Ok(vec![cargo(&[&ignored[..], &rest].concat())])
+            unit_tests("privileged: ")
         }),
-        Step {
-            beyond: true,
-            ..step("soft-dirty tests", |_| {
-                match memferry::sys::pagemap::soft_dirty_works() {
-                    Ok(true) => {}
-                    Ok(false) => return Err("this kernel lacks CONFIG_MEM_SOFT_DIRTY".into()),
-                    Err(reason) => return Err(format!("cannot tell whether it works: {reason}")),
-                }
-                let ignored = ["test", "-p", "memferry", "--lib", "soft_dirty"];
-                Ok(vec![cargo(
-                    &[&ignored[..], &["--", "--include-ignored"]].concat(),
-                )])
-            })
-        },
         step("privileged tests", |machine| {
             machine.test("privileged")?;
             may_trace()?;
@@ -200,6 +183,13 @@ fn steps() -> Vec<Step> {
                 "1",
             ])])
         }),
+        step("lab tests", |_| lab(&["--all", "--with", "fio"])),
+        // What is done where a kernel lacks something.
+        step("lab tests on an older kernel", |_| {
+            let reasons = ["CONFIG_MEM_SOFT_DIRTY", "an older kernel"];
+            let reasons = reasons.map(|reason| ["--reason", reason]).concat();
+            lab(&[&["--kernel", "6.1", "--all"], &reasons[..]].concat())
+        }),
         step("the demo without QEMU", |_| Ok(vec![demo(&["--embedded"])])),
         step("the demo", |_| {
             packages::ensure(&[packages::QEMU]).map_err(|reason| format!("{reason:#}"))?;
@@ -217,6 +207,28 @@ fn steps() -> Vec<Step> {
             })
         },
     ]
+}
+
+/// The library's own tests that are ignored for a reason that begins so.
+fn unit_tests(reason: &str) -> Result<Vec<Command>, String> {
+    let name = "memferry";
+    let tests = targets::build_one(name, Some(name), &[]).and_then(|tests| {
+        let names = tests.ignored_for(|of_test| of_test.starts_with(reason))?;
+        ensure!(!names.is_empty(), "no test is ignored because of {reason}");
+        Ok((tests, names))
+    });
+    let (tests, names) = tests.map_err(|reason| format!("{reason:#}"))?;
+    let mut command = Command::new(&tests.program);
+    command.current_dir(&tests.directory);
+    command.args(["--ignored", "--exact"]).args(names);
+    Ok(vec![command])
+}
+
+/// Runs in a Linux guest what this machine's kernel may lack.
+fn lab(arguments: &[&str]) -> Result<Vec<Command>, String> {
+    packages::ensure(&lab::TOOLS).map_err(|reason| format!("{reason:#}"))?;
+    let lab = ["run", "-p", "guest-test", "--bin", "lab", "--"];
+    Ok(vec![cargo(&[&lab[..], arguments].concat())])
 }
 
 fn demo(arguments: &[&str]) -> Command {
@@ -404,7 +416,7 @@ fn summarise(outcomes: &[(&str, Outcome, Duration)], require_all: bool) -> ExitC
                 failed += 1;
                 println!("FAILED   {name}, which is required and could not run: {reason}");
             }
-            Outcome::Skipped(reason) | Outcome::Beyond(reason) => {
+            Outcome::Skipped(reason) => {
                 skipped += 1;
                 println!("skipped  {name}: {reason}");
             }

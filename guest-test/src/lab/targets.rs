@@ -117,12 +117,12 @@ fn targets(metadata: &Value) -> Vec<Target> {
 }
 
 impl Tests {
-    /// The names of its tests that are ignored because they need what the lab has: for a test's function the reason is
-    /// in the source, and its full name in the program.
+    /// The names of its tests that are ignored for a reason that `wanted` accepts. The program tells what is ignored, and
+    /// its source why.
     ///
     /// # Errors
     /// If the program does not run here, or a source cannot be read.
-    pub fn for_lab(&self, wanted: impl Fn(&str) -> bool) -> Result<Vec<String>> {
+    pub fn ignored_for(&self, wanted: impl Fn(&str) -> bool) -> Result<Vec<String>> {
         let mut listing = Command::new(&self.program);
         listing
             .args(["--ignored", "--list", "--format", "terse"])
@@ -139,8 +139,8 @@ impl Tests {
         let names = listed
             .lines()
             .filter_map(|line| line.strip_suffix(": test"));
-        let of_lab = |name: &&str| functions.contains(name.rsplit("::").next().unwrap_or(name));
-        Ok(names.filter(of_lab).map(str::to_owned).collect())
+        let is_wanted = |name: &&str| functions.contains(name.rsplit("::").next().unwrap_or(name));
+        Ok(names.filter(is_wanted).map(str::to_owned).collect())
     }
 }
 
