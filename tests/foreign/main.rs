@@ -1,0 +1,10 @@
+//! Tests with programs of others that speak what we speak: run them with `cargo test --test foreign -- --ignored`.
+#![allow(clippy::unwrap_used, reason = "a test may panic, helpers too")]
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::single_range_in_vec_init,
+    reason = "sizes of tests are small, and one range is what is expected"
+)]
+
+mod nbd_client;
+mod nbd_servers;
