@@ -24,7 +24,7 @@ impl BlockSizes {
             && self.preferred >= self.minimum
             && self.preferred >= 512
             && self.preferred <= self.maximum
-            && (self.maximum == u32::MAX || self.maximum % self.minimum == 0)
+            && (self.maximum == u32::MAX || self.maximum.is_multiple_of(self.minimum))
     }
 }
 

@@ -4,5 +4,6 @@
 mod dependencies;
 mod layers;
 mod migrate;
+mod nbd;
 mod sources;
 mod tidy;

@@ -1,0 +1,5 @@
+//! The server of network block devices, as its clients see it.
+
+mod client;
+mod limits;
+mod transmission;
