@@ -4,7 +4,7 @@ use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use memferry::backend::nbd::{ConnectError, DoubtfulWrites, NbdUrl, Remote, RemoteOptions};
+use memferry::backend::nbd::{ConnectError, DoubtfulWrites, NbdUrl, Remote, RemoteOptions, list};
 use memferry::chunk::Storage;
 use memferry::chunk::conformance::storage;
 
@@ -181,6 +181,46 @@ fn an_export_that_is_not_there_is_named() {
         "{error:?}"
     );
     Remote::connect(&url("here"), &options()).unwrap();
+}
+
+#[test]
+#[ignore = "foreign: needs nbdkit"]
+fn a_server_lists_what_it_has() {
+    let server = Foreign::nbdkit(&[
+        "--filter=exportname",
+        "memory",
+        "1M",
+        "exportname=one",
+        "exportname=two",
+        "exportname-list=explicit",
+        "exportname-strict=true",
+        "exportdesc=fixed:for people",
+    ]);
+    let exports = list(&server.url(), &options()).unwrap();
+    let names: Vec<_> = exports.iter().map(|export| export.name.as_str()).collect();
+    assert_eq!(names, ["one", "two"]);
+    for export in exports {
+        assert_eq!(export.export.unwrap().size, 1 << 20);
+        assert_eq!(export.description, "for people");
+        assert_eq!(export.contexts, ["base:allocation"]);
+    }
+    let old = Foreign::nbdkit(&["--mask-handshake=0", "memory", "1M"]);
+    list(&old.url(), &options()).unwrap_err();
+}
+
+#[test]
+#[ignore = "foreign: needs qemu-nbd"]
+fn qemu_nbd_lists_what_it_has() {
+    let server = Foreign::qemu_nbd(1 << 20, &["-x", "disk", "-D", "for people"]);
+    let [export] = &list(&server.url(), &options()).unwrap()[..] else {
+        panic!("one export")
+    };
+    assert_eq!(
+        (export.name.as_str(), export.description.as_str()),
+        ("disk", "for people")
+    );
+    assert_eq!(export.export.unwrap().size, 1 << 20);
+    assert!(export.blocks.is_some());
 }
 
 #[test]
