@@ -12,6 +12,7 @@ mod residency;
 mod storage;
 mod store;
 pub(crate) mod sync;
+mod synced;
 
 pub(crate) use atomic_bitmap::AtomicBitmap;
 pub use chunked::Chunked;
@@ -25,3 +26,4 @@ pub use residency::{ChunkState, Claim, Residency, Writing};
 pub(crate) use storage::check_range;
 pub use storage::{Storage, write_zeros};
 pub use store::ChunkStore;
+pub use synced::{Listener, Synced};

@@ -136,10 +136,10 @@ impl Table {
     }
 
     fn load(&self, chunk: u64) -> u64 {
-        self.existing_leaf(chunk)
-            .map_or(self.beginning.pattern(), |leaf| {
-                leaf[index(chunk % LEAF / LANES)].load(Ordering::Acquire)
-            })
+        match self.existing_leaf(chunk) {
+            Some(leaf) => leaf[index(chunk % LEAF / LANES)].load(Ordering::Acquire),
+            None => self.beginning.pattern(),
+        }
     }
 
     pub(super) fn state(&self, chunk: ChunkIndex) -> ChunkState {
