@@ -5,5 +5,6 @@ mod dependencies;
 mod layers;
 mod migrate;
 mod nbd;
+mod serve;
 mod sources;
 mod tidy;

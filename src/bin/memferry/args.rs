@@ -10,6 +10,9 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use memferry::migrate::{PostCopy, Verify};
 use memferry::transport::{Pairing, PairingError};
 
+use crate::list::List;
+use crate::serve::Serve;
+
 /// Ferries the memory of running virtual machines between Linux hosts while they run.
 #[derive(Debug, Parser)]
 #[command(version, propagate_version = true)]
@@ -23,6 +26,10 @@ pub(crate) enum Command {
     /// Live-migrate a QEMU guest whose RAM is a memory-backend-file with share=on
     #[command(subcommand)]
     Qemu(QemuCommand),
+    /// Serve a file, a folder or memory as a network block device
+    Serve(Serve),
+    /// List what a server of network block devices has
+    List(List),
     /// Measure memferry side by side with what it has to beat, for example `memferry bench qemu`
     #[command(disable_help_flag = true)]
     Bench {

@@ -28,6 +28,14 @@ pub(crate) struct Different {
 )]
 pub(crate) struct Ended(#[source] pub(crate) QemuError);
 
+/// What clients wrote could not be made durable.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "what was written since clients last flushed may be lost: the storage could not make it durable. Clients that flushed know that \
+     what they wrote before is there"
+)]
+pub(crate) struct Unflushed(#[source] pub(crate) std::io::Error);
+
 /// Prints what went wrong, if something did.
 pub(crate) fn report(result: anyhow::Result<()>, json: bool) -> ExitCode {
     let Err(error) = result else {
@@ -63,7 +71,7 @@ fn code(error: &anyhow::Error) -> u8 {
                 | LeechError::NotRunning { .. },
             ),
         ) => 3,
-        _ if error.is::<Ended>() => 3,
+        _ if error.is::<Ended>() || error.is::<Unflushed>() => 3,
         _ if error.is::<Different>() => 4,
         _ => 1,
     }

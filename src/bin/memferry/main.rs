@@ -3,8 +3,10 @@
 mod args;
 mod bench;
 mod exit;
+mod list;
 mod output;
 mod qemu;
+mod serve;
 mod signals;
 
 use clap::Parser;
@@ -24,6 +26,8 @@ fn main() -> std::process::ExitCode {
             (send.json, qemu::send::run(&send, output))
         }
         Command::Qemu(QemuCommand::Watch(watch)) => (false, qemu::watch::run(&watch)),
+        Command::Serve(serve) => (serve.json, serve::run(&serve, Output::new(serve.json))),
+        Command::List(list) => (list.json, list::run(&list, Output::new(list.json))),
         Command::Bench { arguments } => (false, bench::run(&arguments)),
     };
     exit::report(result, json)

@@ -1,6 +1,7 @@
 //! Ctrl-C and SIGTERM: the first one cancels, a second one says what is waited for.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{self, Receiver};
 
 use memferry::migrate::Cancel;
 
@@ -28,4 +29,23 @@ pub(crate) fn cancel_on_signal() -> anyhow::Result<Cancel> {
         }
     })?;
     Ok(cancel)
+}
+
+/// Something comes when the user's signals ask to end. `first` is said then, `again` at every further signal.
+///
+/// # Errors
+/// If the process cannot handle signals.
+pub(crate) fn stop_on_signal(
+    first: &'static str,
+    again: &'static str,
+) -> anyhow::Result<Receiver<()>> {
+    let (sender, receiver) = mpsc::channel();
+    let count = AtomicUsize::new(0);
+    ctrlc::set_handler(move || {
+        let before = count.fetch_add(1, Ordering::Relaxed);
+        eprintln!("memferry: {}", if before == 0 { first } else { again });
+        // Who does not listen any more is ending already.
+        let _ = sender.send(());
+    })?;
+    Ok(receiver)
 }

@@ -100,15 +100,17 @@ pub(super) fn shake_hands(
             let option = ClientOption::decode(header.code, &data);
             negotiation.answer(header.code, option, &exports(), &mut out)
         };
-        handshake.say(&out)?;
+        let said = handshake.say(&out);
+        if header.code == OptionCode::Abort {
+            // Few wait for the answer.
+            return Ok(None);
+        }
+        said?;
         match next {
             Next::Option => {}
             Next::Close => {
                 handshake.channel.end_sending();
-                return match header.code {
-                    OptionCode::Abort => Ok(None),
-                    _ => Err(HandshakeError::NoExport),
-                };
+                return Err(HandshakeError::NoExport);
             }
             Next::StartTls => {
                 handshake.start_tls(tls)?;

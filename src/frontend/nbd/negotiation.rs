@@ -307,7 +307,7 @@ mod tests {
             .to_vec()
     }
 
-    fn ask(negotiation: &mut Negotiation, option: ClientOption) -> (Vec<OptionReply>, Next) {
+    fn ask(negotiation: &mut Negotiation, option: &ClientOption) -> (Vec<OptionReply>, Next) {
         let mut out = Vec::new();
         let next = negotiation.answer(option.code(), Ok(option.clone()), &exports(), &mut out);
         let mut replies = Vec::new();
@@ -351,20 +351,20 @@ mod tests {
     fn nothing_is_told_before_tls_where_it_is_required() {
         let mut negotiation = Negotiation::new(Security::Required, true);
         for option in [ClientOption::List, go("a"), ClientOption::StructuredReply] {
-            let (replies, _) = ask(&mut negotiation, option);
+            let (replies, _) = ask(&mut negotiation, &option);
             assert_eq!(refusal(&replies), OptionError::TlsRequired);
         }
         let old = ClientOption::ExportName("a".into());
         let mut out = Vec::new();
         let next = negotiation.answer(old.code(), Ok(old), &exports(), &mut out);
         assert!(matches!(next, Next::Close) && out.is_empty());
-        let (_, next) = ask(&mut negotiation, ClientOption::StartTls);
+        let (_, next) = ask(&mut negotiation, &ClientOption::StartTls);
         assert!(matches!(next, Next::StartTls));
         let mut negotiation = Negotiation::new(Security::Established, true);
-        let (replies, _) = ask(&mut negotiation, ClientOption::StartTls);
+        let (replies, _) = ask(&mut negotiation, &ClientOption::StartTls);
         assert_eq!(refusal(&replies), OptionError::Invalid);
         let mut negotiation = Negotiation::new(Security::Off, true);
-        let (replies, _) = ask(&mut negotiation, ClientOption::StartTls);
+        let (replies, _) = ask(&mut negotiation, &ClientOption::StartTls);
         assert_eq!(refusal(&replies), OptionError::Policy);
     }
 
@@ -372,10 +372,10 @@ mod tests {
     fn the_export_without_a_name_is_the_first() {
         let mut negotiation = Negotiation::new(Security::Off, true);
         for (asked, given) in [("", "a"), ("b", "b")] {
-            let (_, next) = ask(&mut negotiation, go(asked));
+            let (_, next) = ask(&mut negotiation, &go(asked));
             assert!(matches!(next, Next::Serve(export) if export.name() == given));
         }
-        let (replies, next) = ask(&mut negotiation, go("c"));
+        let (replies, next) = ask(&mut negotiation, &go("c"));
         assert_eq!(refusal(&replies), OptionError::Unknown);
         assert!(matches!(next, Next::Option));
     }
@@ -389,19 +389,19 @@ mod tests {
             }
             other => panic!("{other:?}"),
         };
-        assert!(!may(&ask(&mut negotiation, go("a")).0));
-        ask(&mut negotiation, ClientOption::StructuredReply);
-        assert!(may(&ask(&mut negotiation, go("a")).0));
+        assert!(!may(&ask(&mut negotiation, &go("a")).0));
+        ask(&mut negotiation, &ClientOption::StructuredReply);
+        assert!(may(&ask(&mut negotiation, &go("a")).0));
     }
 
     #[test]
     fn contexts_are_chosen_for_one_export_and_need_structured_replies() {
         let mut negotiation = Negotiation::new(Security::Off, true);
         let choice = || ClientOption::SetMetaContext(contexts("a", &[nbd::ALLOCATION, "x:y"]));
-        let (replies, _) = ask(&mut negotiation, choice());
+        let (replies, _) = ask(&mut negotiation, &choice());
         assert_eq!(refusal(&replies), OptionError::Invalid);
-        ask(&mut negotiation, ClientOption::StructuredReply);
-        let (replies, _) = ask(&mut negotiation, choice());
+        ask(&mut negotiation, &ClientOption::StructuredReply);
+        let (replies, _) = ask(&mut negotiation, &choice());
         assert_eq!(replies.len(), 2);
         let [a, b] = exports().try_into().unwrap();
         assert_eq!(negotiation.agreed(&a).contexts, [Context::Allocation]);
@@ -410,10 +410,10 @@ mod tests {
         let base = contexts("a", &["base:"]);
         let (replies, _) = ask(
             &mut negotiation,
-            ClientOption::ListMetaContext(base.clone()),
+            &ClientOption::ListMetaContext(base.clone()),
         );
         assert_eq!(replies.len(), 2);
-        let (replies, _) = ask(&mut negotiation, ClientOption::SetMetaContext(base));
+        let (replies, _) = ask(&mut negotiation, &ClientOption::SetMetaContext(base));
         assert_eq!(replies, [OptionReply::Ack]);
         assert_eq!(negotiation.agreed(&a).contexts, []);
     }
