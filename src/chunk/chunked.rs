@@ -2,12 +2,11 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
+use super::stripes::Stripes;
 use super::{ChunkBitmap, ChunkIndex, ChunkRun, ChunkStore, Storage, check_range};
 
-/// So many locks: chunk `n` has lock `n % 64`. A bit of a word each.
-const STRIPES: u64 = 64;
 /// How many chunks one call removes: their numbers fill a few pages.
 const REMOVED_AT_ONCE: usize = 1024;
 
@@ -20,7 +19,7 @@ const REMOVED_AT_ONCE: usize = 1024;
 #[derive(Debug)]
 pub struct Chunked {
     store: Arc<dyn ChunkStore>,
-    stripes: Vec<Mutex<()>>,
+    stripes: Stripes,
 }
 
 /// A chunk, the bytes of it that a range covers, and where these lie in the range.
@@ -38,7 +37,7 @@ impl Chunked {
     pub fn new(store: Arc<dyn ChunkStore>) -> Self {
         Self {
             store,
-            stripes: (0..STRIPES).map(|_| Mutex::new(())).collect(),
+            stripes: Stripes::new(),
         }
     }
 
@@ -107,22 +106,6 @@ impl Chunked {
         Ok(())
     }
 
-    /// Keeps others from writing `run` for as long as the guards are held.
-    ///
-    /// Everybody takes locks in the order of the stripes, so nobody waits in a circle.
-    fn lock(&self, run: ChunkRun) -> Vec<MutexGuard<'_, ()>> {
-        let mut stripes = if run.count >= STRIPES { u64::MAX } else { 0 };
-        for chunk in run.start.0..run.start.0 + run.count.min(STRIPES) {
-            stripes |= 1 << (chunk % STRIPES);
-        }
-        let locks = self.stripes.iter().enumerate();
-        locks
-            .filter(|(stripe, _)| stripes & (1 << stripe) != 0)
-            // There is nothing in the lock that a panic could have left half done.
-            .map(|(_, lock)| lock.lock().unwrap_or_else(PoisonError::into_inner))
-            .collect()
-    }
-
     /// Makes chunks of `run` missing that are not.
     fn remove(&self, run: ChunkRun) -> io::Result<()> {
         if run.count == 0 {
@@ -139,14 +122,16 @@ impl Chunked {
             let (Some(first), Some(last)) = (batch.first(), batch.last()) else {
                 return Ok(());
             };
-            let _locked = self.lock(ChunkRun::new(first.0, last.0 - first.0 + 1));
+            let _locked = self
+                .stripes
+                .lock(ChunkRun::new(first.0, last.0 - first.0 + 1));
             self.store.remove(&batch)?;
         }
     }
 
     /// Zeros a part of a chunk; one that is missing stays so.
     fn zero_part(&self, part: &Part) -> io::Result<()> {
-        let _locked = self.lock(ChunkRun::new(part.chunk.0, 1));
+        let _locked = self.stripes.lock(ChunkRun::new(part.chunk.0, 1));
         let mut chunk = None;
         self.get(&[part.chunk], |_, bytes| chunk = bytes.map(<[u8]>::to_vec))?;
         let Some(mut chunk) = chunk else {
@@ -185,7 +170,9 @@ impl Storage for Chunked {
         let Some(first) = parts.first() else {
             return Ok(());
         };
-        let _locked = self.lock(ChunkRun::new(first.chunk.0, parts.len() as u64));
+        let _locked = self
+            .stripes
+            .lock(ChunkRun::new(first.chunk.0, parts.len() as u64));
         // The first and the last, at most.
         let partial: Vec<&Part> = parts.iter().filter(|part| !part.whole).collect();
         let mut patched: Vec<Vec<u8>> = partial

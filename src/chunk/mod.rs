@@ -5,18 +5,21 @@ mod chunked;
 #[doc(hidden)]
 pub mod conformance;
 mod faulty;
+mod gate;
 mod install;
 mod marks;
 mod random;
 mod residency;
 mod storage;
 mod store;
+mod stripes;
 pub(crate) mod sync;
 mod synced;
 
 pub(crate) use atomic_bitmap::AtomicBitmap;
 pub use chunked::Chunked;
 pub use faulty::{Fault, Faults, Faulty, FaultyStore, Operation};
+pub use gate::{Closed, Gate};
 pub use install::{Install, Place};
 pub use marks::Marks;
 pub use migrate_proto::{

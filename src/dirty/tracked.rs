@@ -308,3 +308,117 @@ mod tests {
         assert_eq!(tracked.marked(0..u64::MAX), []);
     }
 }
+
+#[cfg(loom)]
+#[cfg(test)]
+mod loom_models {
+    use loom::cell::UnsafeCell;
+    use loom::sync::Arc;
+    use loom::thread;
+
+    use super::*;
+    use crate::chunk::sync::atomic::AtomicU64;
+
+    /// One byte in a chunk of its own; loom chooses which of the values a read may see it sees.
+    #[derive(Debug, Default)]
+    struct Byte(AtomicU64);
+
+    impl Storage for Byte {
+        fn len(&self) -> u64 {
+            1
+        }
+
+        fn read_exact_at(&self, buf: &mut [u8], _: u64) -> io::Result<()> {
+            buf[0] = u8::try_from(self.0.load(Ordering::Relaxed)).unwrap();
+            Ok(())
+        }
+
+        fn write_all_at(&self, buf: &[u8], _: u64) -> io::Result<()> {
+            self.0.store(buf[0].into(), Ordering::Relaxed);
+            Ok(())
+        }
+
+        fn flush(&self) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn data_ranges(&self, _: Range<u64>) -> io::Result<Vec<Range<u64>>> {
+            Ok(Vec::new())
+        }
+    }
+
+    fn tracked() -> Arc<Tracked> {
+        let byte = std::sync::Arc::new(Byte::default());
+        Arc::new(Tracked::new(byte, ChunkSize::PAGE))
+    }
+
+    fn read(tracked: &Tracked) -> u8 {
+        let mut buf = [0];
+        tracked.read_exact_at(&mut buf, 0).unwrap();
+        buf[0]
+    }
+
+    /// Take, then read: what the copy lacks, a later take names.
+    #[test]
+    fn loom_a_write_is_in_the_copy_or_named_by_the_next_take() {
+        loom::model(|| {
+            let tracked = tracked();
+            tracked.start().unwrap();
+            tracked.write_all_at(&[1], 0).unwrap();
+            let writer = {
+                let tracked = tracked.clone();
+                thread::spawn(move || tracked.write_all_at(&[2], 0).unwrap())
+            };
+            let mut copy = 0;
+            if !tracked.take().unwrap().is_empty() {
+                copy = read(&tracked);
+            }
+            writer.join().unwrap();
+            if !tracked.take().unwrap().is_empty() {
+                copy = read(&tracked);
+            }
+            assert_eq!(copy, 2);
+        });
+    }
+
+    /// Start, then read all: the same for a write that is under way meanwhile.
+    #[test]
+    fn loom_a_write_during_the_start_is_in_the_copy_or_named() {
+        loom::model(|| {
+            let tracked = tracked();
+            let writer = {
+                let tracked = tracked.clone();
+                thread::spawn(move || tracked.write_all_at(&[2], 0).unwrap())
+            };
+            tracked.start().unwrap();
+            let mut copy = read(&tracked);
+            writer.join().unwrap();
+            if !tracked.take().unwrap().is_empty() {
+                copy = read(&tracked);
+            }
+            assert_eq!(copy, 2);
+        });
+    }
+
+    /// Two that take share what is marked, and nothing is in neither's part.
+    #[test]
+    fn loom_a_mark_is_taken_once() {
+        loom::model(|| {
+            let set = Arc::new((AtomicBitmap::empty(2), UnsafeCell::new(())));
+            let other = set.clone();
+            let marker = thread::spawn(move || {
+                other.1.with_mut(drop);
+                other.0.insert_run(ChunkRun::new(0, 1));
+                other.0.insert_run(ChunkRun::new(1, 1));
+            });
+            let first = set.0.take();
+            if first.contains(0) {
+                // What was done before the mark is seen by who took it.
+                set.1.with(drop);
+            }
+            marker.join().unwrap();
+            let second = set.0.take();
+            assert_eq!(first.count() + second.count(), 2);
+        });
+    }
+}
