@@ -110,6 +110,13 @@ impl Table {
         self.chunks
     }
 
+    /// How many leaves there are.
+    #[cfg(all(test, not(loom)))]
+    pub(super) fn allocated(&self) -> usize {
+        let exists = |leaf: &&OnceLock<Leaf>| leaf.get().is_some();
+        self.leaves.iter().filter(exists).count()
+    }
+
     /// # Panics
     /// If the run reaches beyond the chunks.
     pub(super) fn check(&self, run: ChunkRun) {

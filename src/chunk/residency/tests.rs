@@ -270,18 +270,14 @@ fn what_gave_up_half_way_leaves_nothing_behind() {
 #[test]
 fn a_region_of_a_tebibyte_takes_no_memory_until_chunks_come() {
     let chunks = (1 << 40) / 4096;
-    let before = Instant::now();
     let residency = Residency::new(chunks);
+    assert_eq!(residency.table.allocated(), 0);
     let _ = residency.fill(ChunkRun::new(chunks - 1, 1)).done();
     assert_eq!(
         residency.find(residency.all_chunks(), u64::MAX, ChunkState::Resident),
         Some(ChunkRun::new(chunks - 1, 1))
     );
-    assert!(
-        before.elapsed() < Duration::from_secs(1),
-        "{:?}",
-        before.elapsed()
-    );
+    assert_eq!(residency.table.allocated(), 1);
 }
 
 #[derive(Debug, Clone)]
