@@ -3,8 +3,9 @@
 //! [`Image`](image::Image) makes a kernel and an initramfs whose `/init` is the page-writer (`guest-test/guests`).
 //! [`Guest`](qemu::Guest) runs it in QEMU and collects its ticks and reports with the time each arrived.
 //! [`ticks`] turns those into the blackout that the guest saw. [`native`] is QEMU's own migration, to compare with,
-//! and [`ferry`] is ours, run as the command that users run; [`mod@bench`] measures them side by side. Nothing but [`embedded`] calls
-//! the library that it tests.
+//! and [`ferry`] is ours, run as the command that users run; [`mod@bench`] measures them side by side. Nothing but [`embedded`] and
+//! [`bench::mount`] calls the library that it tests.
+//! [`mod@lab`] runs our tests in a Linux that has what the host lacks.
 
 pub mod accel;
 pub mod bench;

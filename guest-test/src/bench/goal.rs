@@ -19,17 +19,31 @@ pub(super) struct Goal {
     goal: String,
     /// Nothing where nothing could be measured: then it is not met.
     value: Option<f64>,
-    at_most: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    at_most: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    at_least: Option<f64>,
     met: bool,
 }
 
 impl Goal {
-    fn new(goal: String, value: Option<f64>, at_most: f64) -> Self {
+    pub(super) fn at_most(goal: impl Into<String>, value: Option<f64>, limit: f64) -> Self {
         Self {
-            goal,
-            value: value.map(|value| (value * 1e4).round() / 1e4),
-            at_most,
-            met: value.is_some_and(|value| value <= at_most),
+            goal: goal.into(),
+            value: value.map(rounded),
+            at_most: Some(limit),
+            at_least: None,
+            met: value.is_some_and(|value| value <= limit),
+        }
+    }
+
+    pub(super) fn at_least(goal: impl Into<String>, value: Option<f64>, limit: f64) -> Self {
+        Self {
+            goal: goal.into(),
+            value: value.map(rounded),
+            at_most: None,
+            at_least: Some(limit),
+            met: value.is_some_and(|value| value >= limit),
         }
     }
 
@@ -40,6 +54,10 @@ impl Goal {
     pub(super) fn line(&self) -> String {
         serde_json::to_string(self).expect("numbers and text are JSON")
     }
+}
+
+fn rounded(value: f64) -> f64 {
+    (value * 1e4).round() / 1e4
 }
 
 /// The goals that these modes say something about.
@@ -61,7 +79,7 @@ pub(super) fn goals(results: &Results, rates: &[u64], modes: &[Mode]) -> Vec<Goa
             Some(median(Mode::Memferry, of)? / best?)
         };
         let mut add = |name: &str, value, at_most| {
-            goals.push(Goal::new(format!("qemu_{name}_{rate}"), value, at_most));
+            goals.push(Goal::at_most(format!("qemu_{name}_{rate}"), value, at_most));
         };
         if compared {
             let ratio = versus_best(|sample| sample.total);
@@ -80,11 +98,7 @@ pub(super) fn goals(results: &Results, rates: &[u64], modes: &[Mode]) -> Vec<Goa
         .flat_map(|sample| [sample.resident_send, sample.resident_receive])
         .flatten();
     let most = Spread::of(resident).map(|spread| spread.most);
-    goals.push(Goal::new(
-        "resident_above_ram_mib".to_owned(),
-        most,
-        RESIDENT_MIB,
-    ));
+    goals.push(Goal::at_most("resident_above_ram_mib", most, RESIDENT_MIB));
     goals
 }
 
@@ -121,6 +135,16 @@ mod tests {
             line(&results, "qemu_total_design_10"),
             r#"{"goal":"qemu_total_design_10","value":0.58,"at_most":0.6,"met":true}"#
         );
+    }
+
+    #[test]
+    fn a_goal_may_be_a_lower_limit() {
+        let line = Goal::at_least("read", Some(0.85), 0.9).line();
+        assert_eq!(
+            line,
+            r#"{"goal":"read","value":0.85,"at_least":0.9,"met":false}"#
+        );
+        assert!(Goal::at_least("read", Some(0.9), 0.9).is_met());
     }
 
     #[test]

@@ -6,6 +6,7 @@
 mod figure;
 mod goal;
 mod measure;
+pub mod mount;
 mod options;
 mod progress;
 mod table;

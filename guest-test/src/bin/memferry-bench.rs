@@ -28,12 +28,21 @@ enum Suite {
     /// Exit codes: 0 it was measured, 1 it could not be measured, or a migration by memferry failed or damaged the guest,
     /// or a goal is not met and --require-goals was given, 2 wrong arguments, 130 interrupted.
     Qemu(bench::Options),
+    /// Remote memory that is mounted: throughput, the first access to a page, opening
+    ///
+    /// Over a link of a set rate and round trip, in this process. Prints a table with the median and the spread of every
+    /// figure, then one JSON line a goal. Every byte that is read or arrives is compared with what it has to be.
+    ///
+    /// Exit codes: 0 it was measured, 1 it could not be measured or bytes were wrong, or a goal is not met and
+    /// --require-goals was given, 2 wrong arguments.
+    Mount(bench::mount::MountOptions),
 }
 
 fn main() -> ExitCode {
     let Arguments { memferry, suite } = Arguments::parse();
     let result = interrupt::handle().and_then(|()| match suite {
         Suite::Qemu(options) => bench::run(&options, memferry),
+        Suite::Mount(options) => bench::mount::run(&options),
     });
     match result {
         Ok(Outcome::Measured) => ExitCode::SUCCESS,

@@ -1,0 +1,127 @@
+//! What a user may choose, and what follows from it.
+
+use std::fmt;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use clap::{Args, ValueEnum};
+
+/// How a remote region comes here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Way {
+    /// Every request goes to the server
+    Direct,
+}
+
+/// How a program sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FrontEnd {
+    /// A file of a FUSE file system
+    Fuse,
+}
+
+impl fmt::Display for Way {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Direct => "direct",
+        })
+    }
+}
+
+impl fmt::Display for FrontEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Fuse => "fuse",
+        })
+    }
+}
+
+/// What to measure.
+#[derive(Debug, Clone, Args)]
+pub struct MountOptions {
+    /// A smoke test of about a minute: one run, round trips of 0 and 30 ms, 128 MiB
+    #[arg(long)]
+    pub(super) quick: bool,
+    /// One JSON line a measurement on standard output; the table goes to standard error
+    #[arg(long)]
+    pub(super) json: bool,
+    /// End with exit code 1 if a goal is not met
+    #[arg(long)]
+    pub(super) require_goals: bool,
+    /// How often everything is measured [default: 3, with --quick 1]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(super) runs: Option<u32>,
+    /// Round trips in milliseconds [default: 0,1,5,10,30,100, with --quick 0,30]
+    #[arg(long, value_name = "MS", value_delimiter = ',')]
+    pub(super) round_trips: Option<Vec<u64>>,
+    /// What the link carries each way, in Mbit a second
+    #[arg(long, value_name = "MBIT", default_value_t = 1000)]
+    pub(super) rate: u64,
+    /// The region's size in MiB [default: 256, with --quick 128]
+    #[arg(long, value_name = "MIB")]
+    pub(super) size: Option<u64>,
+    /// Stop reading or writing after so many seconds; the figure is then that of what was done
+    #[arg(long, value_name = "SECONDS", default_value_t = 5)]
+    pub(super) limit: u64,
+    /// How the region comes here
+    #[arg(long, value_enum, value_delimiter = ',')]
+    pub(super) ways: Option<Vec<Way>>,
+    /// How programs see it; without this, all that this machine has
+    #[arg(long, value_enum, value_delimiter = ',')]
+    pub(super) front_ends: Option<Vec<FrontEnd>>,
+}
+
+/// The options after all defaults.
+#[derive(Debug)]
+pub(super) struct Plan {
+    pub(super) runs: u32,
+    pub(super) round_trips: Vec<u64>,
+    /// In bytes a second.
+    pub(super) rate: f64,
+    /// In bytes.
+    pub(super) size: u64,
+    pub(super) limit: Duration,
+    pub(super) ways: Vec<Way>,
+    pub(super) front_ends: Vec<FrontEnd>,
+    /// First accesses for their latency, in each run.
+    pub(super) touches: u64,
+}
+
+impl Plan {
+    pub(super) fn new(options: &MountOptions) -> Result<Self> {
+        let quick = options.quick;
+        let round_trips = options.round_trips.clone().unwrap_or_else(|| {
+            if quick {
+                vec![0, 30]
+            } else {
+                vec![0, 1, 5, 10, 30, 100]
+            }
+        });
+        let size = options.size.unwrap_or(if quick { 128 } else { 256 });
+        ensure!(
+            (8..=1 << 20).contains(&size),
+            "a region of {size} MiB tells nothing, or does not fit into memory (--size)"
+        );
+        ensure!(
+            options.rate > 0 && options.limit > 0,
+            "--rate and --limit are 1 or more"
+        );
+        #[expect(clippy::cast_precision_loss, reason = "a rate to aim at")]
+        let rate = options.rate as f64 * 1e6 / 8.0;
+        Ok(Self {
+            runs: options.runs.unwrap_or(if quick { 1 } else { 3 }),
+            round_trips,
+            rate,
+            size: size << 20,
+            limit: Duration::from_secs(options.limit),
+            ways: options.ways.clone().unwrap_or_else(|| vec![Way::Direct]),
+            front_ends: options
+                .front_ends
+                .clone()
+                .unwrap_or_else(|| vec![FrontEnd::Fuse]),
+            touches: if quick { 16 } else { 32 },
+        })
+    }
+}

@@ -1,0 +1,138 @@
+//! Both ends of a mount: a server with a region in memory, the link to it, and what is mounted here.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use memferry::backend::MemoryStorage;
+use memferry::backend::nbd::{NbdUrl, Remote, RemoteOptions};
+use memferry::chunk::Storage;
+use memferry::frontend::nbd::{Export, Listener, Server, ServerOptions};
+use memferry::frontend::{FuseFile, FuseOptions};
+use tempfile::TempDir;
+
+use super::link::{Link, Shape};
+use super::options::{FrontEnd, Way};
+use super::pattern::Pattern;
+
+/// A region in the memory of this process, filled with a pattern.
+pub(super) fn region(size: u64, pattern: Pattern) -> Result<Arc<MemoryStorage>> {
+    let region = MemoryStorage::new(size);
+    let mut buffer = vec![0; STEP];
+    for (offset, count) in steps(size) {
+        pattern.fill(&mut buffer[..count], offset);
+        region.write_all_at(&buffer[..count], offset)?;
+    }
+    Ok(Arc::new(region))
+}
+
+/// Pieces in which everything is read, written and compared: as a program would that is not in a hurry.
+pub(super) const STEP: usize = 1 << 20;
+
+/// Offsets and lengths of a region's pieces, in order.
+pub(super) fn steps(size: u64) -> impl Iterator<Item = (u64, usize)> {
+    let step = STEP as u64;
+    (0..size.div_ceil(step)).map(move |index| {
+        let offset = index * step;
+        let count = usize::try_from(step.min(size - offset)).unwrap_or(STEP);
+        (offset, count)
+    })
+}
+
+/// A server and the link to it.
+#[derive(Debug)]
+pub(super) struct Far {
+    server: Server,
+    address: SocketAddr,
+    _link: Option<Link>,
+}
+
+const EXPORT: &str = "region";
+/// For what a server still has to answer when nobody listens any more.
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
+
+impl Far {
+    /// Serves a region; without a shape, next door.
+    pub(super) fn serve(region: Arc<dyn Storage>, shape: Option<Shape>) -> Result<Self> {
+        let server = Server::new(ServerOptions::default());
+        server.add(Export::new(EXPORT, region)?)?;
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        let mut address = listener.local_addr()?;
+        server.listen(Listener::Tcp(listener))?;
+        let link = shape.map(|shape| Link::new(address, shape)).transpose()?;
+        if let Some(link) = &link {
+            address = link.address();
+        }
+        Ok(Self {
+            server,
+            address,
+            _link: link,
+        })
+    }
+
+    /// The region as storage of this end.
+    pub(super) fn connect(&self) -> Result<Remote> {
+        let url = NbdUrl::tcp(&self.address.ip().to_string(), self.address.port(), EXPORT)?;
+        Ok(Remote::connect(&url, &RemoteOptions::default())?)
+    }
+}
+
+impl Drop for Far {
+    fn drop(&mut self) {
+        let _cut_off = self.server.shutdown(Instant::now() + SHUTDOWN_LIMIT);
+    }
+}
+
+/// A region that is mounted here.
+#[derive(Debug)]
+pub(super) struct Mounted {
+    file: File,
+    front_end: FuseFile,
+    _place: TempDir,
+}
+
+impl Mounted {
+    /// Opens all of it: the connection, the mount, the file.
+    pub(super) fn open(far: &Far, way: Way, front_end: FrontEnd) -> Result<Self> {
+        let storage: Arc<dyn Storage> = match way {
+            Way::Direct => Arc::new(far.connect()?),
+        };
+        let place = tempfile::tempdir()?;
+        let front_end = match front_end {
+            FrontEnd::Fuse => FuseFile::mount(storage, place.path(), &FuseOptions::default())?,
+        };
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(front_end.path())
+            .with_context(|| front_end.path().display().to_string())?;
+        Ok(Self {
+            file,
+            front_end,
+            _place: place,
+        })
+    }
+
+    pub(super) fn read(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_exact_at(buf, offset)
+    }
+
+    pub(super) fn write(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.file.write_all_at(buf, offset)
+    }
+
+    /// Returns when the server has everything.
+    pub(super) fn sync(&self) -> io::Result<()> {
+        self.file.sync_all()
+    }
+
+    pub(super) fn close(self) -> Result<()> {
+        drop(self.file);
+        self.front_end.unmount()?;
+        Ok(())
+    }
+}
