@@ -286,3 +286,115 @@ impl<T, P, M, B: Clone> Drop for Caller<'_, T, P, M, B> {
         state.free.push(self.seat);
     }
 }
+
+/// Every interleaving of callers; a role or a wake-up that is lost is a deadlock, which loom reports.
+#[cfg(all(test, loom))]
+mod loom_tests {
+    use super::*;
+    use loom::thread;
+    use std::collections::VecDeque;
+    use std::time::Duration;
+
+    /// A server that answers as soon as it is asked, and its connection.
+    struct Server {
+        desk: Desk<(), (), (), ()>,
+        answers: Mutex<VecDeque<u64>>,
+        came: Condvar,
+    }
+
+    impl Server {
+        fn ask(&self, me: &Caller<'_, (), (), (), ()>) {
+            let cookie = me.expect(0, std::iter::once(())).unwrap();
+            self.answers.lock().unwrap().push_back(cookie);
+            self.came.notify_one();
+        }
+
+        fn read(&self) -> u64 {
+            let mut answers = self.answers.lock().unwrap();
+            loop {
+                if let Some(cookie) = answers.pop_front() {
+                    return cookie;
+                }
+                answers = self.came.wait(answers).unwrap();
+            }
+        }
+
+        /// Asks once and returns when it is answered; answers of others are handed over or delivered.
+        fn call(&self, large: bool) {
+            let me = self.desk.sit().unwrap();
+            self.ask(&me);
+            loop {
+                match me.next(Instant::now() + Duration::from_secs(1000)).unwrap() {
+                    Next::Mail(_) | Next::Rest(()) => return,
+                    Next::TimedOut => unreachable!("a wait never times out here"),
+                    Next::Read => {
+                        let owner = me.look_up(self.read(), true).unwrap();
+                        if me.owns(&owner) {
+                            return;
+                        }
+                        if !large || me.hand_over(&owner, ()).0 == Route::ReadOn {
+                            me.deliver(&owner, ());
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn callers(count: usize, large: bool) {
+        let mut model = loom::model::Builder::new();
+        model.preemption_bound = Some(3);
+        model.check(move || {
+            let server = Arc::new(Server {
+                desk: Desk::new(),
+                answers: Mutex::new(VecDeque::new()),
+                came: Condvar::new(),
+            });
+            let others: Vec<_> = (1..count)
+                .map(|_| {
+                    let server = Arc::clone(&server);
+                    thread::spawn(move || server.call(large))
+                })
+                .collect();
+            server.call(large);
+            for other in others {
+                other.join().unwrap();
+            }
+        });
+    }
+
+    #[test]
+    fn no_role_is_lost_when_answers_are_delivered() {
+        callers(2, false);
+        callers(3, false);
+    }
+
+    #[test]
+    fn no_role_is_lost_when_it_is_handed_over() {
+        callers(2, true);
+        callers(3, true);
+    }
+
+    #[test]
+    fn who_waits_learns_that_the_connection_has_ended() {
+        loom::model(|| {
+            let desk: Arc<Desk<(), (), (), ()>> = Arc::new(Desk::new());
+            let waits = {
+                let desk = Arc::clone(&desk);
+                thread::spawn(move || {
+                    let Ok(me) = desk.sit() else { return };
+                    if me.expect(0, std::iter::once(())).is_err() {
+                        return;
+                    }
+                    // With the role there is a socket to wait on, which is shut down.
+                    let _ = me.next(Instant::now() + Duration::from_secs(1000));
+                })
+            };
+            let reads = desk.sit().unwrap();
+            let _ = reads.take_role();
+            desk.break_off(());
+            drop(reads);
+            waits.join().unwrap();
+        });
+    }
+}

@@ -24,6 +24,8 @@ mod options;
 mod order;
 mod ranges;
 mod remote;
+#[cfg(test)]
+mod tests;
 #[cfg_attr(not(feature = "tls"), path = "tls_off.rs")]
 mod tls;
 mod transfer;
