@@ -25,6 +25,12 @@ impl AtomicBitmap {
         }
     }
 
+    /// Whether `chunk` is in the set; one beyond the space never is.
+    pub(crate) fn contains(&self, chunk: u64) -> bool {
+        let bit = 1 << (chunk % 64);
+        chunk < self.chunks && self.words[word_of(chunk)].load(Ordering::Acquire) & bit != 0
+    }
+
     /// Puts every chunk of `run` into the set, word by word.
     ///
     /// It always stores, even a bit that is set: who takes it out at the same time must come before or after, and a
@@ -44,7 +50,7 @@ impl AtomicBitmap {
 
     /// Empties the set, word by word, and returns what was in it. What is put in meanwhile is in the answer or stays.
     pub(crate) fn take(&self) -> ChunkBitmap {
-        self.collect(0, self.words.len(), |word| {
+        self.collect(|word| {
             // A word that is empty has nothing to be ordered after.
             if word.load(Ordering::Relaxed) == 0 {
                 0
@@ -54,22 +60,43 @@ impl AtomicBitmap {
         })
     }
 
-    /// What is in the set of the chunks in `within`; the answer's space is all chunks.
-    pub(crate) fn snapshot(&self, within: ChunkRun) -> ChunkBitmap {
-        let end = within.start.0.saturating_add(within.count).min(self.chunks);
-        if within.start.0 >= end {
-            return ChunkBitmap::empty(self.chunks);
-        }
-        let (first, last) = (word_of(within.start.0), word_of(end - 1));
-        self.collect(first, last + 1, |word| word.load(Ordering::Acquire))
+    /// What is in the set now.
+    pub(crate) fn snapshot(&self) -> ChunkBitmap {
+        self.collect(|word| word.load(Ordering::Acquire))
     }
 
-    fn collect(&self, first: usize, end: usize, look: impl Fn(&AtomicU64) -> u64) -> ChunkBitmap {
+    /// The runs of the set that lie in `run`, in order. Looks at no chunk beyond it, and takes no room for those.
+    pub(crate) fn runs_within(&self, run: ChunkRun) -> Vec<ChunkRun> {
+        let end = run.start.0.saturating_add(run.count).min(self.chunks);
+        let mut runs: Vec<ChunkRun> = Vec::new();
+        let mut next = run.start.0;
+        while next < end {
+            let stop = end.min((next / 64 + 1) * 64);
+            let mut bits = self.words[word_of(next)].load(Ordering::Acquire) >> (next % 64);
+            while bits != 0 && next < stop {
+                let skipped = bits.trailing_zeros();
+                bits >>= skipped;
+                next += u64::from(skipped);
+                let count = u64::from(bits.trailing_ones()).min(stop.saturating_sub(next));
+                match runs.last_mut() {
+                    _ if count == 0 => {}
+                    Some(last) if last.end() == next => last.count += count,
+                    _ => runs.push(ChunkRun::new(next, count)),
+                }
+                next += count;
+                bits = bits.checked_shr(bits.trailing_ones()).unwrap_or(0);
+            }
+            next = stop;
+        }
+        runs
+    }
+
+    fn collect(&self, look: impl Fn(&AtomicU64) -> u64) -> ChunkBitmap {
         let mut set = ChunkBitmap::empty(self.chunks);
-        for (index, word) in self.words[first..end].iter().enumerate() {
+        for (index, word) in self.words.iter().enumerate() {
             let bits = look(word);
             if bits != 0 {
-                set.set_word(first + index, bits);
+                set.set_word(index, bits);
             }
         }
         set
@@ -115,7 +142,7 @@ mod tests {
         let mut expected = ChunkBitmap::empty(200);
         expected.insert_run(ChunkRun::new(60, 70));
         expected.insert_run(ChunkRun::new(199, 1));
-        assert_eq!(set.snapshot(ChunkRun::new(0, 200)), expected);
+        assert_eq!(set.snapshot(), expected);
         assert_eq!(set.take(), expected);
         assert!(set.take().is_empty());
         set.union_with(&expected);
@@ -123,13 +150,22 @@ mod tests {
     }
 
     #[test]
-    fn looking_at_a_part_reads_its_words_only() {
-        let set = AtomicBitmap::empty(1000);
-        set.insert_run(ChunkRun::new(0, 1000));
-        let seen = set.snapshot(ChunkRun::new(130, 3));
-        assert_eq!(seen.count(), 64);
-        assert!(seen.contains(130) && seen.contains(132));
-        assert!(set.snapshot(ChunkRun::new(1000, 5)).is_empty());
-        assert!(set.snapshot(ChunkRun::new(5, 0)).is_empty());
+    fn the_runs_of_a_part_are_those_of_the_whole_cut_to_it() {
+        let mut random = crate::chunk::random::Random::new(7);
+        let set = AtomicBitmap::empty(300);
+        for _ in 0..12 {
+            set.insert_run(ChunkRun::new(random.below(300), random.below(40)));
+        }
+        let whole = set.snapshot();
+        for _ in 0..500 {
+            let run = ChunkRun::new(random.below(310), random.below(310));
+            let expected: Vec<ChunkRun> = whole.runs_within(run).collect();
+            assert_eq!(set.runs_within(run), expected, "{run:?}");
+        }
+        set.insert_run(ChunkRun::new(0, 300));
+        assert_eq!(
+            set.runs_within(ChunkRun::new(1, u64::MAX)),
+            [ChunkRun::new(1, 299)]
+        );
     }
 }

@@ -452,7 +452,10 @@ mod loom_models {
     /// A wake-up that is lost is a deadlock, which loom reports.
     #[test]
     fn loom_nobody_waits_for_ever_before_the_gate_or_for_it() {
-        loom::model(|| {
+        // Three threads that may be interrupted anywhere take hours; a wake-up is lost by two interruptions.
+        let mut model = loom::model::Builder::new();
+        model.preemption_bound = Some(2);
+        model.check(|| {
             let door = Arc::new(Door::new());
             let operations = [(); 2].map(|()| {
                 let door = door.clone();

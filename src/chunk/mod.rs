@@ -4,6 +4,7 @@ mod atomic_bitmap;
 mod chunked;
 #[doc(hidden)]
 pub mod conformance;
+mod cow;
 mod faulty;
 mod gate;
 mod install;
@@ -18,6 +19,7 @@ mod synced;
 
 pub(crate) use atomic_bitmap::AtomicBitmap;
 pub use chunked::Chunked;
+pub use cow::Cow;
 pub use faulty::{Fault, Faults, Faulty, FaultyStore, Operation};
 pub use gate::{Closed, Gate};
 pub use install::{Install, Place};

@@ -149,9 +149,9 @@ impl Marks for Tracked {
         }
         let size = u64::from(self.chunk_size.bytes());
         let run = self.touched(&(within.start..end));
-        let dirty = self.dirty.snapshot(run);
+        let dirty = self.dirty.runs_within(run);
         dirty
-            .runs_within(run)
+            .into_iter()
             .map(|run| {
                 let start = (run.start.0 * size).max(within.start);
                 start..run.end().saturating_mul(size).min(end)
