@@ -100,7 +100,7 @@ fn a_subject_that_writes_faster_than_the_link_is_given_up_without_post_copy() {
     fails(
         Plan::default()
             .post_copy(PostCopy::Never)
-            .bandwidth(64 * MIB),
+            .bandwidth(16 * MIB),
         |source, _| source.set_rate(2000),
         "does not converge",
     );
