@@ -1,6 +1,7 @@
 //! Regions as bytes at positions, and the chunks they are cut into.
 
 mod atomic_bitmap;
+mod caches;
 mod chunked;
 #[doc(hidden)]
 pub mod conformance;
@@ -18,6 +19,7 @@ pub(crate) mod sync;
 mod synced;
 
 pub(crate) use atomic_bitmap::AtomicBitmap;
+pub use caches::Caches;
 pub use chunked::Chunked;
 pub use cow::Cow;
 pub use faulty::{Fault, Faults, Faulty, FaultyStore, Operation};

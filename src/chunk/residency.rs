@@ -241,6 +241,24 @@ impl Residency {
         self.waiters.fault_fd()
     }
 
+    /// Reports faults for those of `run` that are not here, though nobody waits for them yet: for who will wait for one after the other.
+    pub fn request(&self, run: ChunkRun) {
+        let mut absent = Vec::new();
+        let mut left = run;
+        while left.count > 0
+            && let Some(found) = self.table.find(left, left.count, ABSENT)
+        {
+            absent.extend(found.range().map(ChunkIndex));
+            left = ChunkRun::new(found.end(), left.end() - found.end());
+        }
+        self.waiters.request(&absent);
+    }
+
+    /// Lets those look again who wait for chunks of `run`; their faults are reported again if nothing has come.
+    pub fn look_again(&self, run: ChunkRun) {
+        self.waiters.wake(run, None);
+    }
+
     /// Appends the chunks that somebody began to wait for since the last call. A chunk comes again if it did not come and
     /// somebody still waits. Never blocks.
     pub fn take_faults(&self, into: &mut Vec<ChunkIndex>) {

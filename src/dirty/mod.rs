@@ -56,3 +56,21 @@ pub trait DirtyTracker: Debug + Send + Sync {
     /// If the kernel refuses.
     fn stop(&self) -> io::Result<()>;
 }
+
+impl<T: DirtyTracker + ?Sized> DirtyTracker for std::sync::Arc<T> {
+    fn start(&self) -> io::Result<()> {
+        (**self).start()
+    }
+
+    fn take(&self) -> io::Result<ChunkBitmap> {
+        (**self).take()
+    }
+
+    fn restore(&self, chunks: &ChunkBitmap) -> io::Result<()> {
+        (**self).restore(chunks)
+    }
+
+    fn stop(&self) -> io::Result<()> {
+        (**self).stop()
+    }
+}

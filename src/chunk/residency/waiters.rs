@@ -207,9 +207,12 @@ impl Waiters {
         self.stripes.iter().map(in_stripe).sum()
     }
 
-    fn report(&self, chunk: ChunkIndex) {
-        if let Some(faults) = &self.faults {
-            lock(&faults.chunks).push_back(chunk);
+    /// Reports all of `chunks` at once.
+    pub(super) fn request(&self, chunks: &[ChunkIndex]) {
+        if let Some(faults) = &self.faults
+            && !chunks.is_empty()
+        {
+            lock(&faults.chunks).extend(chunks);
             // Fails only if it is signalled more often than it can count, and so is signalled.
             #[allow(
                 clippy::host_endian_bytes,
@@ -217,6 +220,10 @@ impl Waiters {
             )]
             let _ = rustix::io::write(&faults.event, &1_u64.to_ne_bytes());
         }
+    }
+
+    fn report(&self, chunk: ChunkIndex) {
+        self.request(&[chunk]);
     }
 
     fn stripe(&self, chunk: u64) -> &Stripe {
