@@ -130,10 +130,11 @@ impl Sending<'_> {
             .lock()
             .machine
             .handle_filled(now, batch, memory);
+        // Before it is sent, or a report that the last frame leads to would be without it.
+        self.counters.memory(memory, frame.zero, frame.kept);
         let message = Message::Chunks(std::mem::take(&mut frame.chunks));
         let bytes = writer.send(&message, &frame.slices())?;
         self.counters.frame(bytes);
-        self.counters.memory(memory, frame.zero, frame.kept);
         Ok(())
     }
 
