@@ -5,9 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Asks a migration that waits for it to cut over. Cloning gives another handle on the same wish.
 ///
-/// Until then rounds go on, a few a second, so that little is left to send when it comes. Either end may wait to be asked
-/// ([`SeedOptions::cut_over`](super::SeedOptions::cut_over), [`LeechOptions::cut_over`](super::LeechOptions::cut_over)); where both do, whoever asks
-/// first decides. The wish is noticed within a tenth of a second, and the budget says what follows from it.
+/// Until then rounds go on, a few a second, so that little is left to send when it comes. Either end may have the source wait
+/// ([`SeedOptions::hold`](super::SeedOptions::hold), [`LeechOptions::hold`](super::LeechOptions::hold)), and either may ask. The wish is noticed within a tenth of a second, and the budget says what follows from it.
 #[derive(Debug, Clone, Default)]
 pub struct CutOver(Arc<AtomicBool>);
 

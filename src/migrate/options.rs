@@ -26,8 +26,10 @@ pub struct SeedOptions {
     /// The longest time from suspending to hand-over, without a comparison in between; then it is given up, and the subject runs on here. Bounds what a
     /// destination can do that answers and gets nowhere.
     pub cut_over_deadline: Duration,
-    /// Whom to wait for before the budget may decide to suspend. Without it, and if the destination does not want to be asked, nobody.
-    pub cut_over: Option<CutOver>,
+    /// Wait for a wish to cut over, of either side, before the budget may decide to suspend.
+    pub hold: bool,
+    /// This side's wish.
+    pub cut_over: CutOver,
 }
 
 impl Default for SeedOptions {
@@ -41,7 +43,8 @@ impl Default for SeedOptions {
             silence: Duration::from_secs(10),
             subject_deadline: Duration::from_secs(10),
             cut_over_deadline: Duration::from_secs(30),
-            cut_over: None,
+            hold: false,
+            cut_over: CutOver::default(),
         }
     }
 }
@@ -55,8 +58,10 @@ pub struct LeechOptions {
     pub silence: Duration,
     /// The longest time that the subject may take to load its state, or to run.
     pub subject_deadline: Duration,
-    /// Whom the source has to wait for before it may decide to suspend. A source that cannot wait is refused then.
-    pub cut_over: Option<CutOver>,
+    /// Have the source wait for a wish to cut over, of either side, before it may decide to suspend. One that cannot wait is refused then.
+    pub hold: bool,
+    /// This side's wish.
+    pub cut_over: CutOver,
 }
 
 impl Default for LeechOptions {
@@ -65,7 +70,8 @@ impl Default for LeechOptions {
             window: 64 << 20,
             silence: Duration::from_secs(10),
             subject_deadline: Duration::from_secs(30),
-            cut_over: None,
+            hold: false,
+            cut_over: CutOver::default(),
         }
     }
 }

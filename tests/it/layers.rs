@@ -46,9 +46,9 @@ const LAYERS: [Layer; 12] = [
     layer("subject", &["attach"]),
     layer("transport", &["migrate_proto"]),
     // `sys`, because the device state is kept in a memfd while it comes in.
-    layer(
-        "migrate",
-        &[
+    Layer {
+        name: "migrate",
+        uses: &[
             "chunk",
             "dirty",
             "migrate_proto",
@@ -56,7 +56,9 @@ const LAYERS: [Layer; 12] = [
             "sys",
             "transport",
         ],
-    ),
+        // A region is tried on a storage.
+        tests_use: &["backend"],
+    },
     // A mount joins a back end and a front end.
     layer("mount", &["backend", "chunk", "dirty", "frontend", "sys"]),
     // The command is outside of the library: it uses its public interface, and its own modules.

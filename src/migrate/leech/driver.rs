@@ -18,7 +18,6 @@ use super::{LeechError, LeechOutcome};
 use crate::chunk::{Install, Storage};
 use crate::migrate::cancel::Cancel;
 use crate::migrate::clock::{Clock, micros};
-use crate::migrate::cut_over::CutOver;
 use crate::migrate::ending::{Cause, LINGER, bytes_of, local, wait_until};
 use crate::migrate::monitor::Monitor;
 use crate::migrate::on_panic::OnPanic;
@@ -162,7 +161,7 @@ impl<'a> Driver<'a> {
             hello: Hello {
                 oldest: VERSIONS.0,
                 newest: VERSIONS.1,
-                required: if self.options.cut_over.is_some() {
+                required: if self.options.hold {
                     capability::CUT_OVER
                 } else {
                     0
@@ -394,12 +393,7 @@ impl<'a> Driver<'a> {
         let cancelled = self.cancel.is_cancelled();
         monitor.tell(|leecher| {
             leecher.handle_timeout(now);
-            let asked = self
-                .options
-                .cut_over
-                .as_ref()
-                .is_some_and(CutOver::is_asked);
-            if asked {
+            if self.options.cut_over.is_asked() {
                 leecher.cut_over();
             }
             // A source that waits for nothing but our Ready may be told; one that has released may not.

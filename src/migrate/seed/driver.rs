@@ -22,7 +22,6 @@ use super::{SeedError, SeedOutcome, SourceRegion, present_chunks, restore_dirty,
 use crate::dirty::DirtyTracker;
 use crate::migrate::cancel::Cancel;
 use crate::migrate::clock::{Clock, duration, micros};
-use crate::migrate::cut_over::CutOver;
 use crate::migrate::ending::{Cause, LINGER, bytes_of, local, wait_until};
 use crate::migrate::monitor::Monitor;
 use crate::migrate::on_panic::OnPanic;
@@ -179,7 +178,7 @@ impl<'a> Driver<'a> {
             token: Token(token),
             fixed_blackout: FIXED_BLACKOUT,
             silence: micros(self.options.silence),
-            hold: self.options.cut_over.is_some(),
+            hold: self.options.hold,
         })
     }
 
@@ -388,7 +387,7 @@ impl<'a> Driver<'a> {
         });
         monitor.tell(|seeder| {
             seeder.handle_timeout(now);
-            if self.options.cut_over.as_ref().is_some_and(CutOver::is_asked) {
+            if self.options.cut_over.is_asked() {
                 seeder.cut_over(now);
             }
             if seeder.ownership() != migrate_proto::Ownership::Here {
