@@ -304,7 +304,7 @@ pub fn page_size() -> u64 {
     rustix::param::page_size() as u64
 }
 
-fn in_memory(len: u64) -> io::Result<usize> {
+pub(super) fn in_memory(len: u64) -> io::Result<usize> {
     usize::try_from(len).map_err(|_| {
         io::Error::new(
             io::ErrorKind::InvalidInput,
@@ -331,7 +331,7 @@ fn no_room(range: &Range<u64>, errno: Errno) -> io::Error {
 ///
 /// # Safety
 /// Both sides are valid for `len` bytes and do not overlap.
-unsafe fn copy_shared(to: *mut u8, from: *const u8, len: usize) {
+pub(super) unsafe fn copy_shared(to: *mut u8, from: *const u8, len: usize) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: copies `len` bytes between valid ranges (the direction flag is clear on entry to assembly). The compiler
     // does not look inside, so racing with another writer is not undefined behaviour. Fast strings make it as quick

@@ -4,6 +4,7 @@
 
 pub mod mapping;
 pub mod memfd;
+pub mod memory;
 #[cfg(feature = "nbd-device")]
 pub mod nbd;
 pub mod pagemap;

@@ -72,6 +72,37 @@ impl Pagemap {
         self.scan(range, flags, Wanted::Written, found)
     }
 
+    /// As [`scan_written_and_protect`](Self::scan_written_and_protect), but never names a page that is not there, and leaves those
+    /// alone: for memory whose absent pages fault.
+    ///
+    /// # Errors
+    /// As [`scan_written_and_protect`](Self::scan_written_and_protect).
+    pub fn scan_present_written_and_protect(
+        &mut self,
+        range: Range<u64>,
+        found: &mut dyn FnMut(Range<u64>),
+    ) -> io::Result<()> {
+        let flags = raw::PM_SCAN_WP_MATCHING | raw::PM_SCAN_CHECK_WPASYNC;
+        self.scan(range, flags, Wanted::PresentWritten, found)
+    }
+
+    /// As [`scan_present_written_and_protect`](Self::scan_present_written_and_protect), and leaves them so.
+    ///
+    /// # Errors
+    /// As [`scan_written_and_protect`](Self::scan_written_and_protect).
+    pub fn peek_present_written(
+        &mut self,
+        range: Range<u64>,
+        found: &mut dyn FnMut(Range<u64>),
+    ) -> io::Result<()> {
+        self.scan(
+            range,
+            raw::PM_SCAN_CHECK_WPASYNC,
+            Wanted::PresentWritten,
+            found,
+        )
+    }
+
     /// Names the pages of `range` that were written since they were last write-protected, and leaves them so.
     ///
     /// # Errors
@@ -110,6 +141,10 @@ impl Pagemap {
             // Exactly this question takes the kernel's short way, which also names what became a hole since.
             Wanted::Written => (raw::PAGE_IS_WRITTEN.into(), 0),
             Wanted::Present => (0, (raw::PAGE_IS_PRESENT | raw::PAGE_IS_SWAPPED).into()),
+            Wanted::PresentWritten => (
+                raw::PAGE_IS_WRITTEN.into(),
+                (raw::PAGE_IS_PRESENT | raw::PAGE_IS_SWAPPED).into(),
+            ),
         };
         if self.found.is_empty() {
             let none = raw::page_region {
@@ -239,6 +274,7 @@ impl Pagemap {
 enum Wanted {
     Written,
     Present,
+    PresentWritten,
 }
 
 /// Whether the kernel keeps soft-dirty bits (`CONFIG_MEM_SOFT_DIRTY`), found out on a page of our own.

@@ -195,17 +195,56 @@ impl Uffd {
     /// What no [`Stop`] describes: `EINVAL` if the range is not registered whole pages, `EFAULT` beyond the end of the
     /// memory's file.
     pub fn install(&self, address: u64, data: &[u8], page_size: u64) -> io::Result<Installed> {
+        self.copy(address, data, page_size, 0)
+    }
+
+    /// As [`install`](Self::install), and the pages that become present are write-protected, atomically: a write that comes
+    /// right after is told of, or remembered. The range is registered with [`Mode::wp`].
+    ///
+    /// # Errors
+    /// As [`install`](Self::install).
+    pub fn install_protected(
+        &self,
+        address: u64,
+        data: &[u8],
+        page_size: u64,
+    ) -> io::Result<Installed> {
+        self.copy(address, data, page_size, raw::UFFDIO_COPY_MODE_WP.into())
+    }
+
+    fn copy(&self, address: u64, data: &[u8], page_size: u64, mode: u64) -> io::Result<Installed> {
         self.fill(address, data.len() as u64, page_size, |done| {
             let rest = &data[usize::try_from(done).expect("within the slice")..];
             let mut copy = raw::uffdio_copy {
                 dst: address + done,
                 src: rest.as_ptr().expose_provenance() as u64,
                 len: rest.len() as u64,
-                mode: 0,
+                mode,
                 copy: 0,
             };
             let result = self.ioctl::<{ ioctl::UFFDIO_COPY }, _>(&mut copy);
             (result, copy.copy)
+        })
+    }
+
+    /// Makes the missing pages of `range` kill who accesses them, by `SIGBUS`, as a broken memory does; for pages whose bytes
+    /// cannot be had. Needs [`Features::POISON`]. Such a page counts as missing: installing its bytes heals it.
+    ///
+    /// # Errors
+    /// As [`install`](Self::install).
+    pub fn poison(&self, range: Range<u64>, page_size: u64) -> io::Result<Installed> {
+        let len = raw_range(&range)?.len;
+        self.fill(range.start, len, page_size, |done| {
+            let mut poison = raw::uffdio_poison {
+                range: raw::uffdio_range {
+                    start: range.start + done,
+                    len: len - done,
+                },
+                mode: 0,
+                updated: 0,
+            };
+            let result = self.ioctl::<UFFDIO_POISON, _>(&mut poison);
+            (result, poison.updated)
         })
     }
 
@@ -438,6 +477,10 @@ impl Argument for raw::uffdio_copy {}
 impl Argument for raw::uffdio_zeropage {}
 impl Argument for raw::uffdio_continue {}
 impl Argument for raw::uffdio_writeprotect {}
+impl Argument for raw::uffdio_poison {}
+
+/// `_IOWR(0xAA, 8, struct uffdio_poison)`, which the definitions we use lack.
+const UFFDIO_POISON: u32 = 0xc020_aa08;
 
 // The numbers are ABI. They are spelled out because the sizes above only hold them half.
 #[cfg(any(

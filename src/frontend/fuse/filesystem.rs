@@ -501,12 +501,7 @@ mod tests {
 
     #[test]
     fn what_the_kernel_would_take_for_itself_is_an_input_output_error() {
-        for number in [
-            libc::EINTR,
-            libc::EAGAIN,
-            libc::ECONNRESET,
-            libc::ETIMEDOUT,
-        ] {
+        for number in [libc::EINTR, libc::EAGAIN, libc::ECONNRESET, libc::ETIMEDOUT] {
             assert_eq!(
                 errno_of(&io::Error::from_raw_os_error(number)).code(),
                 libc::EIO

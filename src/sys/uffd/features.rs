@@ -34,6 +34,8 @@ impl Features {
     pub const WRITE_PROTECT_SHARED: Self = Self::of(raw::UFFD_FEATURE_WP_HUGETLBFS_SHMEM);
     /// Write protection of pages that do not exist yet. Linux 6.4.
     pub const WRITE_PROTECT_ABSENT: Self = Self::of(raw::UFFD_FEATURE_WP_UNPOPULATED);
+    /// Pages that can be made to kill who accesses them. Linux 6.6.
+    pub const POISON: Self = Self::of(raw::UFFD_FEATURE_POISON);
     /// The kernel lifts write protection by itself and remembers the page. Linux 6.7.
     pub const WRITE_PROTECT_ASYNC: Self = Self::of(raw::UFFD_FEATURE_WP_ASYNC);
 
@@ -44,6 +46,10 @@ impl Features {
             | Self::WRITE_PROTECT_ABSENT.0
             | Self::WRITE_PROTECT_ASYNC.0,
     );
+
+    /// As [`TRACKING`](Self::TRACKING), for private memory alone.
+    pub const TRACKING_PRIVATE: Self =
+        Self(Self::WRITE_PROTECT.0 | Self::WRITE_PROTECT_ABSENT.0 | Self::WRITE_PROTECT_ASYNC.0);
 
     const fn of(bit: u32) -> Self {
         Self(bit as u64)
@@ -67,6 +73,12 @@ impl Features {
     #[must_use]
     pub const fn contains(self, other: Self) -> bool {
         self.0 & other.0 == other.0
+    }
+
+    /// What is in this set and in `other`.
+    #[must_use]
+    pub const fn intersection(self, other: Self) -> Self {
+        Self(self.0 & other.0)
     }
 
     /// What is in this set and not in `other`.

@@ -372,3 +372,60 @@ fn writing_to_a_full_file_system_fails_and_kills_nobody() {
         );
     });
 }
+
+#[test]
+fn private_memory_that_is_installed_protected_names_what_was_written_alone() {
+    use crate::sys::memory::Memory;
+    use crate::sys::pagemap::Pagemap;
+    let memory = Memory::reserve(8 * PAGE).unwrap();
+    let uffd = Uffd::create(Scope::UserModeOnly, Features::TRACKING_PRIVATE).unwrap();
+    let mode = Mode {
+        missing: true,
+        wp: true,
+        minor: false,
+    };
+    uffd.register(memory.addresses(), mode).unwrap();
+    let start = memory.addresses().start;
+    uffd.install_protected(start, &[1; 3 * 4096], PAGE).unwrap();
+    uffd.install(start + 5 * PAGE, &[2; 4096], PAGE).unwrap();
+    memory.store(PAGE, &[3]).unwrap();
+    let mut pagemap = Pagemap::of_this_process().unwrap();
+    let mut written = |protect| {
+        let mut found = Vec::new();
+        let mut add = |range: Range<u64>| found.push((range.start - start) / PAGE);
+        if protect {
+            pagemap.scan_present_written_and_protect(memory.addresses(), &mut add)
+        } else {
+            pagemap.peek_present_written(memory.addresses(), &mut add)
+        }
+        .unwrap();
+        found
+    };
+    assert_eq!(written(false), [1, 5]);
+    assert_eq!(written(true), [1, 5]);
+    assert_eq!(written(true), [0; 0]);
+    // What was absent is so still.
+    let installed = uffd
+        .install_protected(start + 3 * PAGE, &[4; 4096], PAGE)
+        .unwrap();
+    assert_eq!(installed.bytes, PAGE);
+    memory.store(0, &[1]).unwrap();
+    assert_eq!(written(true), [0]);
+}
+
+#[test]
+fn a_page_that_was_poisoned_can_still_be_installed() {
+    use crate::sys::memory::Memory;
+    let memory = Memory::reserve(4 * PAGE).unwrap();
+    let uffd = Uffd::create(Scope::UserModeOnly, Features::POISON).unwrap();
+    uffd.register(memory.addresses(), MISSING).unwrap();
+    let start = memory.addresses().start;
+    uffd.install(start + PAGE, &[1; 4096], PAGE).unwrap();
+    let poisoned = uffd.poison(start..start + 2 * PAGE, PAGE).unwrap();
+    assert_eq!((poisoned.bytes, poisoned.done), (PAGE, 2 * PAGE));
+    let installed = uffd.install(start, &[2; 4096], PAGE).unwrap();
+    assert_eq!(installed.bytes, PAGE);
+    let mut bytes = [0];
+    memory.load(0, &mut bytes).unwrap();
+    assert_eq!(bytes, [2]);
+}
