@@ -39,8 +39,8 @@ impl Memory {
         }
         let whole = len
             .checked_next_multiple_of(page_size())
-            .map(in_memory)
-            .unwrap_or_else(|| Err(io::ErrorKind::InvalidInput.into()))?;
+            .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))
+            .and_then(in_memory)?;
         // SAFETY: a new mapping at an address of the kernel's choice replaces nothing.
         let address = unsafe {
             rustix::mm::mmap_anonymous(

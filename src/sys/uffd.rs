@@ -302,14 +302,17 @@ impl Uffd {
         Ok(())
     }
 
-    /// Appends the events that wait to be read, at most 64 of them, by one system call; says how many. Zero if there
-    /// are none: never blocks, so poll the descriptor for reading first.
+    /// Most events that [`read_events`](Self::read_events) reads at once: 2 KiB of stack. With as many faults waiting as a large guest has
+    /// vCPUs, one read takes them all.
+    pub const MOST_EVENTS: usize = 64;
+
+    /// Appends the events that wait to be read, at most [`MOST_EVENTS`](Self::MOST_EVENTS) of them, by one system call; says how many.
+    /// Zero if there are none: never blocks, so poll the descriptor for reading first.
     ///
     /// # Errors
     /// What the kernel says; no event is lost then.
     pub fn read_events(&self, events: &mut Vec<Event>) -> io::Result<usize> {
-        // 2 KiB of stack. With as many faults waiting as a large guest has vCPUs, one read takes them all.
-        const BATCH: usize = 64;
+        const BATCH: usize = Uffd::MOST_EVENTS;
         events.reserve(BATCH);
         let mut messages = [const { MaybeUninit::<event::Message>::zeroed() }; BATCH];
         // SAFETY: the kernel writes at most the given number of bytes, which is the size of the array.
