@@ -41,6 +41,13 @@ impl AtomicBitmap {
         });
     }
 
+    /// Takes every chunk of `run` out of the set, word by word.
+    pub(crate) fn remove_run(&self, run: ChunkRun) {
+        self.for_words(run, |word, mask| {
+            word.fetch_and(!mask, Ordering::AcqRel);
+        });
+    }
+
     /// Adds what is in `other`, as far as this space goes.
     pub(crate) fn union_with(&self, other: &ChunkBitmap) {
         for run in other.runs_within(ChunkRun::new(0, self.chunks)) {
@@ -145,6 +152,11 @@ mod tests {
         assert_eq!(set.snapshot(), expected);
         assert_eq!(set.take(), expected);
         assert!(set.take().is_empty());
+        set.insert_run(ChunkRun::new(0, 200));
+        set.remove_run(ChunkRun::new(0, 60));
+        set.remove_run(ChunkRun::new(130, 69));
+        assert!(set.contains(60) && !set.contains(59) && !set.contains(200));
+        assert_eq!(set.take(), expected);
         set.union_with(&expected);
         assert_eq!(set.take(), expected);
     }
