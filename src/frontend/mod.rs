@@ -5,12 +5,15 @@
 //! | [`FileRam`] | has the region's file mapped, shared | faults through a userfaultfd of the program |
 //! | [`FuseFile`] | opens, reads, writes or maps a file that is ours | requests of the kernel, answered by threads of ours |
 //! | [`nbd`] | is a client of a network block device, or has it as a device | requests that are answered when the page is there |
+//! | [`Slice`] | is this process: loads and stores, or reads and writes | faults through a userfaultfd of our own |
 
 mod file_ram;
 #[cfg(feature = "fuse")]
 mod fuse;
 pub mod nbd;
+mod slice;
 
 pub use file_ram::{FaultArea, FileRam, Watch};
 #[cfg(feature = "fuse")]
 pub use fuse::{Cache, FuseFile, FuseMountError, FuseOptions, FuseUnmountError};
+pub use slice::{Failure, Slice, SliceOptions};
