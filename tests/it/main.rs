@@ -5,6 +5,8 @@ mod dependencies;
 mod layers;
 mod migrate;
 mod nbd;
+mod rules;
 mod serve;
 mod sources;
+mod storages;
 mod tidy;
