@@ -144,7 +144,7 @@ impl Residency {
         // In ascending order, so that two who take overlapping runs never wait for each other.
         while let Some(busy) = writing.take_until(left, WRITING) {
             self.waiters
-                .wait(busy, deadline, || match self.state(busy) {
+                .wait(busy, deadline, false, || match self.state(busy) {
                     ChunkState::Writing => Next::Wait { fault: false },
                     _ => Next::Return(()),
                 })?;
@@ -204,7 +204,7 @@ impl Residency {
     /// [`io::ErrorKind::TimedOut`] after `deadline`; what the fetch failed with; the error of [`refuse`](Self::refuse).
     pub fn wait(&self, chunk: ChunkIndex, deadline: Instant) -> io::Result<()> {
         self.waiters
-            .wait(chunk, deadline, || match self.state(chunk) {
+            .wait(chunk, deadline, true, || match self.state(chunk) {
                 ChunkState::Resident => Next::Return(()),
                 state => Next::Wait {
                     fault: state != ChunkState::Writing,
@@ -218,7 +218,7 @@ impl Residency {
     /// [`io::ErrorKind::TimedOut`] after `deadline`.
     pub fn settle(&self, chunk: ChunkIndex, deadline: Instant) -> io::Result<ChunkState> {
         self.waiters
-            .wait(chunk, deadline, || match self.state(chunk) {
+            .wait(chunk, deadline, false, || match self.state(chunk) {
                 state if is_settled(state) => Next::Return(state),
                 _ => Next::Wait { fault: false },
             })

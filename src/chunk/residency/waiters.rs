@@ -89,11 +89,13 @@ impl Waiters {
         into.extend(lock(&faults.chunks).drain(..));
     }
 
-    /// Waits until `look`, which is asked whenever the chunk may have changed, returns something.
+    /// Waits until `look`, which is asked whenever the chunk may have changed, returns something. Who `needs` the chunk is told if it
+    /// fails to come; to others that is a change like any other.
     pub(super) fn wait<T>(
         &self,
         chunk: ChunkIndex,
         deadline: Instant,
+        needs: bool,
         look: impl Fn() -> Next<T>,
     ) -> io::Result<T> {
         let stripe = self.stripe(chunk.0);
@@ -120,7 +122,8 @@ impl Waiters {
                 Next::Wait { fault } => fault,
             };
             let entry = entry_of(&mut awaited, chunk.0);
-            if let Some(failure) = &entry.failure
+            if needs
+                && let Some(failure) = &entry.failure
                 && entry.failures != known
             {
                 break Err(copy_of(failure));
