@@ -22,6 +22,34 @@ pub const QEMU: Needed = Needed {
     package: "qemu-system-x86",
 };
 
+/// Speak what we speak: network block devices.
+pub const FOREIGN: [Needed; 6] = [
+    Needed {
+        program: "nbdkit",
+        package: "nbdkit",
+    },
+    Needed {
+        program: "nbdinfo",
+        package: "libnbd-bin",
+    },
+    Needed {
+        program: "nbdsh",
+        package: "python3-libnbd",
+    },
+    Needed {
+        program: "qemu-img",
+        package: "qemu-utils",
+    },
+    Needed {
+        program: "fio",
+        package: "fio",
+    },
+    Needed {
+        program: "nbd-client",
+        package: "nbd-client",
+    },
+];
+
 /// Slow mirrors exist; ones that take longer do not finish.
 const DOWNLOAD_LIMIT: Duration = Duration::from_secs(600);
 

@@ -150,6 +150,7 @@ fn steps() -> Vec<Step> {
                 cargo(&["test", "--workspace", "--lib", "--bins", "--tests"])
             }])
         }),
+        step("every interleaving", |_| Ok(vec![loom()])),
         step("examples in the documentation", |_| {
             Ok(vec![cargo(&["test", "--workspace", "--doc"])])
         }),
@@ -183,6 +184,12 @@ fn steps() -> Vec<Step> {
                 "1",
             ])])
         }),
+        step("tests with programs of others", |machine| {
+            machine.test("foreign")?;
+            packages::ensure(&packages::FOREIGN).map_err(|reason| format!("{reason:#}"))?;
+            let ignored = ["--test", "foreign", "--", "--include-ignored"];
+            Ok(vec![cargo(&[&["test"], &ignored[..]].concat())])
+        }),
         step("lab tests", |_| lab(&["--all", "--with", "fio"])),
         // What is done where a kernel lacks something.
         step("lab tests on an older kernel", |_| {
@@ -196,17 +203,35 @@ fn steps() -> Vec<Step> {
             Ok(vec![demo(&[])])
         }),
         Step {
-            judge: Some(ends_with_goals),
+            judge: Some(measured_a_migration),
             ..step("a quick benchmark", |_| {
                 packages::ensure(&[packages::QEMU]).map_err(|reason| format!("{reason:#}"))?;
-                let bench = ["-p", "guest-test", "--bin", "memferry-bench"];
-                let quick = ["--", "qemu", "--quick", "--json"];
-                Ok(vec![cargo(
-                    &[&["run", "--release"], &bench[..], &quick].concat(),
-                )])
+                Ok(vec![bench(&["qemu", "--quick", "--json"])])
+            })
+        },
+        Step {
+            judge: Some(measured_mounts),
+            ..step("a quick benchmark of mounts", |_| {
+                if !Path::new("/dev/fuse").exists() {
+                    return Err("this machine has no /dev/fuse".into());
+                }
+                Ok(vec![bench(&["mount", "--quick", "--json"])])
             })
         },
     ]
+}
+
+/// The tests that loom runs, with its own locks in place of the standard library's; compiled apart, and optimised, because
+/// there are many interleavings.
+fn loom() -> Command {
+    let mut command = cargo(&["test", "-p", "memferry", "--lib", "loom"]);
+    command
+        .env("RUSTFLAGS", "--cfg loom")
+        .env("CARGO_TARGET_DIR", image::workspace().join("target/loom"))
+        .env("CARGO_PROFILE_DEV_OPT_LEVEL", "2")
+        // Nearly every mistake shows with two, and each more takes many times as long.
+        .env("LOOM_MAX_PREEMPTIONS", "2");
+    command
 }
 
 /// The library's own tests that are ignored for a reason that begins so.
@@ -244,23 +269,42 @@ fn demo(arguments: &[&str]) -> Command {
     cargo(&[&demo[..], arguments].concat())
 }
 
+fn bench(arguments: &[&str]) -> Command {
+    let bench = ["run", "--release", "-p", "guest-test", "--bin"];
+    cargo(&[&bench[..], &["memferry-bench", "--"], arguments].concat())
+}
+
 /// Whether a suite of benchmarks measured something and said how that compares with its goals. Whether they are met is
 /// no matter on a machine that does other things.
-fn ends_with_goals(printed: &str) -> Result<()> {
+fn goals(printed: &str) -> Result<Vec<serde_json::Value>> {
     let lines: Vec<serde_json::Value> = printed
         .lines()
         .map(|line| serde_json::from_str(line).with_context(|| format!("no JSON: {line}")))
         .collect::<Result<_>>()?;
-    let goals = lines.iter().rev().take_while(|line| {
-        line["goal"].is_string() && line["at_most"].is_number() && line["met"].is_boolean()
-    });
+    let is_goal = |line: &serde_json::Value| {
+        let limit = line["at_most"].is_number() || line["at_least"].is_number();
+        line["goal"].is_string() && limit && line["met"].is_boolean()
+    };
+    let goals = lines.into_iter().rev().take_while(is_goal);
     let goals: Vec<_> = goals.collect();
     ensure!(!goals.is_empty(), "it does not end with a goal");
+    Ok(goals)
+}
+
+fn measured_a_migration(printed: &str) -> Result<()> {
     // QEMU's own modes may lose a guest; Memferry may not.
+    let goals = goals(printed)?;
     let measured = goals
         .iter()
         .any(|goal| goal["goal"] == "resident_above_ram_mib" && goal["value"].is_number());
     ensure!(measured, "it measured no migration by Memferry");
+    Ok(())
+}
+
+fn measured_mounts(printed: &str) -> Result<()> {
+    for goal in goals(printed)? {
+        ensure!(goal["value"].is_number(), "it did not measure {goal}");
+    }
     Ok(())
 }
 
@@ -459,7 +503,7 @@ mod tests {
 
     #[test]
     fn a_benchmark_ends_with_goals_about_something_measured() {
-        assert!(ends_with_goals(&format!("{RUN}\n{GOAL}\n")).is_ok());
+        assert!(measured_a_migration(&format!("{RUN}\n{GOAL}\n")).is_ok());
         let nothing = GOAL.replace("7.4", "null");
         for wrong in [
             RUN.to_owned(),
@@ -467,7 +511,15 @@ mod tests {
             nothing,
             String::new(),
         ] {
-            assert!(ends_with_goals(&wrong).is_err(), "{wrong}");
+            assert!(measured_a_migration(&wrong).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn a_benchmark_of_mounts_has_measured_all_that_it_has_goals_for() {
+        let read = r#"{"goal":"read","value":0.8,"at_least":0.9,"met":false}"#;
+        assert!(measured_mounts(&format!("{RUN}\n{read}\n{GOAL}")).is_ok());
+        let nothing = read.replace("0.8", "null");
+        assert!(measured_mounts(&format!("{nothing}\n{GOAL}")).is_err());
     }
 }
