@@ -27,7 +27,7 @@ use fuser::{Config, Notifier, Session, SessionACL};
 
 use self::filesystem::RegionFile;
 use self::mountpoint::{Mountpoint, Shape, Wish};
-use crate::chunk::Storage;
+use crate::chunk::{Caches, Storage};
 
 /// How long a mount that is taken away may take to end. Its threads wait for nothing but the storage, which has deadlines.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -328,6 +328,20 @@ impl FuseFile {
     #[must_use]
     pub fn has_ended(&self) -> bool {
         self.wait(Duration::ZERO)
+    }
+}
+
+impl Caches for FuseFile {
+    fn write_back(&self) -> io::Result<()> {
+        self.sync()
+    }
+
+    fn forget(&self) -> io::Result<()> {
+        match self.invalidate(0..self.len) {
+            // Nothing is cached of what is not mounted.
+            Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
+            forgotten => forgotten,
+        }
     }
 }
 

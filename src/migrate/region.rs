@@ -15,11 +15,12 @@
 //! or not the newest, is never looked at, so that no cache of the kernel ever holds a byte of it.
 //!
 //! `door.rs` lets in and waits until all are out; `access.rs` is what programs do; `arrival.rs` is what the engine does with the
-//! regions of a destination.
+//! regions of a destination; `swept.rs` is how the writes are found that a cache still has.
 
 mod access;
 mod arrival;
 mod door;
+mod swept;
 #[cfg(test)]
 mod tests;
 
@@ -31,6 +32,7 @@ use std::time::{Duration, Instant};
 
 pub(super) use arrival::{Arrival, OnChunk};
 use door::{Door, Mode};
+use swept::Swept;
 
 use crate::chunk::{Caches, ChunkBitmap, ChunkSize, ChunkState, Residency, Storage};
 use crate::dirty::{DirtyTracker, Tracked, Union};
@@ -69,6 +71,8 @@ pub struct Region {
     /// What is to be remote, while nobody may look: made absent at once, and marked when the door is about to open.
     absent: Mutex<Option<ChunkBitmap>>,
     standing: Mutex<Held>,
+    /// Who uses it has been suspended: nothing is written back any more but by who suspends.
+    still: AtomicBool,
     caches: Mutex<Vec<Arc<dyn Caches>>>,
     patience: Duration,
 }
@@ -226,6 +230,7 @@ impl Region {
                 old,
                 owned: standing == Standing::Owner,
             }),
+            still: AtomicBool::new(false),
             caches: Mutex::default(),
             patience: PATIENCE,
             local,
@@ -352,12 +357,13 @@ impl Region {
     }
 
     /// What tells which chunks were written.
-    pub(super) fn tracker(&self) -> Arc<dyn DirtyTracker> {
+    pub(super) fn tracker(self: &Arc<Self>) -> Arc<dyn DirtyTracker> {
         let own: Arc<dyn DirtyTracker> = self.tracked.clone();
         let others = lock(&self.others);
-        others
-            .iter()
-            .fold(own, |all, other| Arc::new(Union(all, Arc::clone(other))))
+        let all = others.iter().fold(own, |all, other| {
+            Arc::new(Union(all, Arc::clone(other))) as Arc<dyn DirtyTracker>
+        });
+        Arc::new(Swept::new(Arc::clone(self), all))
     }
 
     /// Somebody takes the region away. To be [ended](Self::end).
@@ -367,6 +373,11 @@ impl Region {
         })?;
         held.busy = true;
         Ok(())
+    }
+
+    /// Whoever uses the region is suspended, or is not any more.
+    pub(super) fn set_still(&self, still: bool) {
+        self.still.store(still, Ordering::Release);
     }
 
     /// Brings what programs have written and the kernel has kept to the local storage, past the tracker. Programs write on, if they run.
@@ -394,6 +405,7 @@ impl Region {
 
     /// Nothing became of it: programs go on.
     pub(super) fn go_on(&self) {
+        self.set_still(false);
         let mut held = self.held();
         self.set(&mut held, Standing::Owner);
     }
@@ -408,6 +420,7 @@ impl Region {
 
     /// The session with which it was to leave has ended.
     pub(super) fn end(&self) {
+        self.set_still(false);
         let left = {
             let mut held = self.held();
             held.busy = false;

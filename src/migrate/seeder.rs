@@ -184,7 +184,11 @@ impl Outgoing for Suspending<'_> {
     fn suspend(&mut self, deadline: Instant) -> Result<(), SubjectError> {
         self.for_all("write back region", Region::write_back)?;
         self.subject.suspend(deadline)?;
-        self.for_all("write back region", Region::write_back)
+        self.for_all("write back region", Region::write_back)?;
+        for (_, region) in self.regions {
+            region.set_still(true);
+        }
+        Ok(())
     }
 
     /// Saving may write, so it is only now that the door is closed. What comes behind it waits, and fails when the region has left: a late

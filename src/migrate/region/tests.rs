@@ -289,7 +289,7 @@ fn a_write_behind_the_last_take_waits_and_fails_when_the_region_has_left() {
 
 #[test]
 fn a_write_that_is_under_way_is_in_the_last_take() {
-    let region = region(4 * PAGE, Region::new);
+    let region = Arc::new(region(4 * PAGE, Region::new));
     let tracker = region.tracker();
     tracker.start().unwrap();
     region.begin_to_leave().unwrap();
