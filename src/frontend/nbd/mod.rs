@@ -22,6 +22,7 @@ mod connection;
 mod export;
 mod handshake;
 mod negotiation;
+mod overdue;
 mod perform;
 mod server;
 #[cfg(feature = "tls")]

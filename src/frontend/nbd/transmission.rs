@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -224,7 +225,7 @@ impl Reader<'_> {
             return Err(io::ErrorKind::ConnectionAborted.into());
         };
         let buffer = connection.workers.buffers.take(len);
-        self.hand_over(charges, move |connection| {
+        self.hand_over(charges, request, move |connection| {
             read(connection, &request, buffer)
         });
         Ok(())
@@ -275,7 +276,8 @@ impl Reader<'_> {
         let len = len_of(&request)?;
         let here = len <= INLINE
             && !request.flags.contains(CommandFlags::FUA)
-            && connection.export.storage().is_at_hand(request.range());
+            && connection.export.storage().is_at_hand(request.range())
+            && !self.is_forbidden(&request);
         if here && self.received.bytes().len() >= len {
             let bytes = &self.received.bytes()[..len];
             let written = perform::write(&connection.export, &request, bytes);
@@ -292,11 +294,20 @@ impl Reader<'_> {
             self.wrote(&request, written);
             return Ok(());
         }
-        self.hand_over(charges, move |connection| {
+        self.hand_over(charges, request, move |connection| {
             let written = perform::write(&connection.export, &request, &buffer);
             Some(yes_or_no(connection, &request, written))
         });
         Ok(())
+    }
+
+    /// Then a worker refuses it.
+    fn is_forbidden(&self, request: &Request) -> bool {
+        let Connection {
+            workers, export, ..
+        } = &**self.connection;
+        let watch = workers.watch.as_ref();
+        watch.is_some_and(|watch| watch.forbids(export, request).is_some())
     }
 
     fn wrote(&mut self, request: &Request, written: Result<(), Refused>) {
@@ -321,7 +332,7 @@ impl Reader<'_> {
             question.len = len;
             only = Some(contexts);
         }
-        self.hand_over(charges, move |connection| {
+        self.hand_over(charges, request, move |connection| {
             let Connection { export, agreed, .. } = connection;
             let mut heads = Vec::new();
             match perform::statuses(export, agreed, &question, only.as_deref()) {
@@ -340,7 +351,7 @@ impl Reader<'_> {
         let Some(charges) = self.charge(LEAST) else {
             return Err(io::ErrorKind::ConnectionAborted.into());
         };
-        self.hand_over(charges, move |connection| {
+        self.hand_over(charges, request, move |connection| {
             let done = perform::act(&connection.export, &request);
             Some(yes_or_no(connection, &request, done))
         });
@@ -358,19 +369,38 @@ impl Reader<'_> {
         })
     }
 
-    /// Has a worker do `work` and send what it returns. If it panics, or returns nothing, the connection ends.
+    /// Has a worker do `work` and send what it returns. If the storage panics, the client is told of an error: nobody else has to suffer. If it returns
+    /// nothing, the connection ends.
     fn hand_over(
         &mut self,
         charges: Charges,
+        request: Request,
         work: impl FnOnce(&Connection) -> Option<Reply> + Send + 'static,
     ) {
         let connection = Arc::clone(self.connection);
+        let watch = connection.workers.watch.clone();
+        let ticket = watch
+            .as_ref()
+            .map(|watch| watch.begin(&connection, request));
         self.connection.workers.run(Box::new(move || {
+            if ticket.as_ref().is_some_and(|ticket| !ticket.start()) {
+                return;
+            }
             let guard = GiveUp(&connection);
-            if let Some(mut reply) = work(&connection) {
+            let forbidden = watch.and_then(|watch| watch.forbids(&connection.export, &request));
+            let reply = match forbidden {
+                Some(refused) => Some(yes_or_no(&connection, &request, Err(refused))),
+                None => catch_unwind(AssertUnwindSafe(|| work(&connection))).unwrap_or_else(|_| {
+                    let refused = Refused::new(Errno::Io, "the storage panicked");
+                    Some(yes_or_no(&connection, &request, Err(refused)))
+                }),
+            };
+            if let Some(mut reply) = reply {
                 std::mem::forget(guard);
-                reply.charges = Some(charges);
-                connection.send(reply, Sender::Shared);
+                if ticket.is_none_or(|ticket| ticket.done()) {
+                    reply.charges = Some(charges);
+                    connection.send(reply, Sender::Shared);
+                }
             }
         }));
     }

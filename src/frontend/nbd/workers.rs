@@ -8,6 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use super::budget::{Budget, Buffers};
+use super::overdue::Watch;
 use crate::nbd::limits;
 
 /// How many threads, and how much memory.
@@ -22,6 +23,9 @@ pub struct WorkerOptions {
     pub in_flight_each: u64,
     /// How long a client may take to send what it has announced, and not to take any of what it is sent.
     pub patience: Duration,
+    /// How long a storage may take for a request. After that the client is told that it failed; a write to the same bytes is refused until the
+    /// storage has come back. `None` leaves it to the storage.
+    pub limit: Option<Duration>,
     /// Called by each thread that is started, before it does anything else.
     pub on_start: Option<Arc<dyn Fn() + Send + Sync>>,
 }
@@ -35,6 +39,7 @@ impl Default for WorkerOptions {
             in_flight_each: 64 << 20,
             // A peer whose network was away for shorter goes on as if nothing had been.
             patience: Duration::from_secs(30),
+            limit: None,
             on_start: None,
         }
     }
@@ -47,6 +52,7 @@ impl fmt::Debug for WorkerOptions {
             .field("in_flight", &self.in_flight)
             .field("in_flight_each", &self.in_flight_each)
             .field("patience", &self.patience)
+            .field("limit", &self.limit)
             .finish_non_exhaustive()
     }
 }
@@ -64,6 +70,7 @@ pub struct Workers {
     pub(super) buffers: Arc<Buffers>,
     pub(super) in_flight_each: u64,
     pub(super) patience: Duration,
+    pub(super) watch: Option<Arc<Watch>>,
 }
 
 impl Workers {
@@ -84,6 +91,7 @@ impl Workers {
             buffers: Buffers::new(KEPT),
             in_flight_each: options.in_flight_each.max(least),
             patience: options.patience,
+            watch: options.limit.map(|limit| Arc::new(Watch::new(limit))),
         }
     }
 
