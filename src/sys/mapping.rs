@@ -5,10 +5,10 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::ptr::{self, NonNull};
 
-use rustix::fs::FallocateFlags;
+use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use xxhash_rust::xxh3::{Xxh3Default, xxh3_64};
@@ -34,12 +34,12 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps the first `len` bytes of `file`. Nothing is read or allocated yet.
+    /// Maps the first `len` bytes of `file`, a regular one or a block device. Nothing is read or allocated yet.
     ///
     /// # Errors
     /// [`io::ErrorKind::InvalidInput`] if `len` is zero, or more than the file has; else what the kernel says.
     pub fn new(file: File, len: u64) -> io::Result<Self> {
-        let has = file.metadata()?.len();
+        let has = length(&file)?;
         if len == 0 || len > has {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
@@ -302,6 +302,16 @@ impl AsFd for Mapping {
 #[must_use]
 pub fn page_size() -> u64 {
     rustix::param::page_size() as u64
+}
+
+/// How long a regular file or a block device is.
+fn length(file: &File) -> io::Result<u64> {
+    let metadata = file.metadata()?;
+    if metadata.file_type().is_block_device() {
+        // Moves the cursor, which nothing here uses.
+        return Ok(rustix::fs::seek(file, SeekFrom::End(0))?);
+    }
+    Ok(metadata.len())
 }
 
 pub(super) fn in_memory(len: u64) -> io::Result<usize> {

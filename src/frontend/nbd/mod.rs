@@ -19,6 +19,8 @@ mod answer;
 mod budget;
 mod channel;
 mod connection;
+#[cfg(feature = "nbd-device")]
+mod device;
 mod export;
 mod handshake;
 mod negotiation;
@@ -31,6 +33,11 @@ mod transmission;
 mod workers;
 
 pub use connection::Traffic;
+#[cfg(feature = "nbd-device")]
+pub use device::{
+    AttachError, Control, DetachError, Device, DeviceOptions, DeviceState, Force, FreeError,
+    Holder, ListedDevice, Readiness, devices, free,
+};
 pub use export::{Export, ExportError};
 pub use handshake::Tls;
 pub use server::{AddError, CutOff, Event, Listener, OnEvent, Server, ServerOptions};
