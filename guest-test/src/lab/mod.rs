@@ -68,17 +68,18 @@ pub enum Ended {
 }
 
 /// What every guest has, and the packages to have it from.
-pub const TOOLS: [Needed; 7] = [
+pub const TOOLS: [Needed; 8] = [
     packages::QEMU,
     needed("busybox", "busybox-static"),
     needed("xz", "xz-utils"),
     needed("ip", "iproute2"),
     needed("tc", "iproute2"),
     needed("mkfs.ext4", "e2fsprogs"),
+    needed("e2fsck", "e2fsprogs"),
     needed("nbd-client", "nbd-client"),
 ];
 /// Of these, what runs inside.
-const INSIDE: [&str; 4] = ["ip", "tc", "mkfs.ext4", "nbd-client"];
+const INSIDE: [&str; 5] = ["ip", "tc", "mkfs.ext4", "e2fsck", "nbd-client"];
 /// The modules that every guest loads, where its kernel has them.
 const MODULES: [&str; 9] = [
     "nbd",

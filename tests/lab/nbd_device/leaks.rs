@@ -1,0 +1,116 @@
+//! Nothing is left behind, however it ends.
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use super::*;
+use memferry::frontend::nbd::{AttachError, Control};
+
+/// What a process could leave behind. Threads that have nothing to do end a little later.
+fn settled(descriptors_before: usize, threads_before: usize) {
+    until("threads end", || {
+        (threads() <= threads_before).then_some(())
+    });
+    assert_eq!(descriptors(), descriptors_before);
+    assert_eq!(in_use(), NONE);
+}
+
+#[test]
+#[ignore = "kernel: needs nbd"]
+fn two_hundred_devices_one_after_the_other_leave_nothing() {
+    let storage = memory(1 << 20);
+    attach(&storage).detach(LIMIT).unwrap();
+    let (descriptors_before, threads_before) = (descriptors(), threads());
+    let nodes = devices().unwrap().len();
+    for round in 0..200 {
+        let mut device = attach(&storage);
+        // Every third is only dropped.
+        if round % 3 > 0 {
+            device.detach(LIMIT).unwrap();
+        }
+    }
+    settled(descriptors_before, threads_before + 1);
+    assert_eq!(devices().unwrap().len(), nodes);
+}
+
+#[test]
+#[ignore = "kernel: needs nbd"]
+fn sixteen_devices_at_once_do_not_get_into_each_others_way() {
+    let (descriptors_before, threads_before) = (descriptors(), threads());
+    let all: Vec<(u32, Arc<dyn Storage>)> = std::thread::scope(|scope| {
+        let attached: Vec<_> = (0..16_u8)
+            .map(|number| {
+                scope.spawn(move || {
+                    let storage = memory(1 << 20);
+                    let device = attach(&storage);
+                    std::os::unix::fs::FileExt::write_all_at(device.file(), &[number; 4096], 8192)
+                        .unwrap();
+                    (device, storage)
+                })
+            })
+            .collect();
+        let attached: Vec<_> = attached
+            .into_iter()
+            .map(|thread| thread.join().unwrap())
+            .collect();
+        attached
+            .into_iter()
+            .map(|(mut device, storage)| {
+                device.detach(LIMIT).unwrap();
+                (device.index(), storage)
+            })
+            .collect()
+    });
+    for (number, (_, storage)) in all.iter().enumerate() {
+        assert_eq!(
+            read(&**storage, 8192, 4096),
+            [u8::try_from(number).unwrap(); 4096]
+        );
+    }
+    let mut indices: Vec<u32> = all.iter().map(|(index, _)| *index).collect();
+    indices.sort_unstable();
+    indices.dedup();
+    assert_eq!(indices.len(), 16, "{all:?}");
+    settled(descriptors_before, threads_before + 1);
+}
+
+#[test]
+#[ignore = "kernel: needs nbd"]
+fn a_process_without_descriptors_is_told_so_and_leaves_nothing() {
+    let storage = memory(1 << 20);
+    attach(&storage).detach(LIMIT).unwrap();
+    until("threads end", || (threads() <= 3).then_some(()));
+    let (descriptors_before, threads_before) = (descriptors(), threads());
+    let before = getrlimit(Resource::Nofile);
+    for control in [Control::Netlink, Control::Ioctl] {
+        let options = DeviceOptions {
+            connections: 2,
+            control,
+            attach_limit: Duration::from_secs(3),
+            ..DeviceOptions::default()
+        };
+        let mut succeeded = false;
+        for spare in 0..16 {
+            // One of those counted was the one that counted.
+            let most = descriptors_before as u64 - 1 + spare;
+            let limit = Rlimit {
+                current: Some(most),
+                ..before
+            };
+            setrlimit(Resource::Nofile, limit).unwrap();
+            let attached = Device::attach(Arc::clone(&storage), &options);
+            setrlimit(Resource::Nofile, before).unwrap();
+            match attached {
+                Ok(mut device) => {
+                    succeeded = true;
+                    device.detach(LIMIT).unwrap();
+                }
+                Err(error) => assert!(
+                    !matches!(error, AttachError::TimedOut { .. }) && !succeeded,
+                    "{control:?}, {spare} spare descriptors: {error}"
+                ),
+            }
+            settled(descriptors_before, threads_before + 1);
+        }
+        assert!(succeeded, "{control:?}");
+    }
+}
