@@ -124,8 +124,10 @@ impl Tls {
         config: &TlsConfig,
         deadline: Instant,
     ) -> io::Result<Self> {
-        let connection = ClientConnection::new(Arc::clone(&config.config), config.name.clone())
+        let mut connection = ClientConnection::new(Arc::clone(&config.config), config.name.clone())
             .map_err(io::Error::other)?;
+        // What is given to it at once is limited here, by `PORTION`.
+        connection.set_buffer_limit(None);
         let tls = Self {
             state: Mutex::new(State {
                 connection,
