@@ -8,6 +8,7 @@
 mod dependencies;
 mod layers;
 mod migrate;
+mod mount;
 mod nbd;
 mod remote;
 #[cfg(feature = "tls")]

@@ -5,5 +5,7 @@
 mod attach;
 #[cfg(feature = "fuse")]
 mod fuse;
+#[cfg(feature = "fuse")]
+mod mount;
 mod trackers;
 mod victim;

@@ -11,6 +11,7 @@ use memferry::migrate::{PostCopy, Verify};
 use memferry::transport::{Pairing, PairingError};
 
 use crate::list::List;
+use crate::mount::Mount;
 use crate::serve::Serve;
 
 /// Ferries the memory of running virtual machines between Linux hosts while they run.
@@ -28,6 +29,8 @@ pub(crate) enum Command {
     Qemu(QemuCommand),
     /// Serve a file, a folder or memory as a network block device
     Serve(Serve),
+    /// Mount a region of a server of network block devices as a file
+    Mount(Box<Mount>),
     /// List what a server of network block devices has
     List(List),
     /// Measure memferry side by side with what it has to beat, for example `memferry bench qemu`

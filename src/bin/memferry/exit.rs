@@ -6,6 +6,8 @@ use memferry::migrate::{LeechError, SeedError};
 use memferry::subject::qemu::QemuError;
 use serde_json::json;
 
+use crate::mount::{Lost, Unsaved};
+
 /// The two copies of the memory are not the same.
 #[derive(Debug, thiserror::Error)]
 #[error(
@@ -36,11 +38,20 @@ pub(crate) struct Ended(#[source] pub(crate) QemuError);
 )]
 pub(crate) struct Unflushed(#[source] pub(crate) std::io::Error);
 
+/// A program that was run for the user has ended so.
+#[derive(Debug, thiserror::Error)]
+#[error("the program ended with code {0}")]
+pub(crate) struct Exited(pub(crate) u8);
+
 /// Prints what went wrong, if something did.
 pub(crate) fn report(result: anyhow::Result<()>, json: bool) -> ExitCode {
     let Err(error) = result else {
         return ExitCode::SUCCESS;
     };
+    // It has said itself what there was to say.
+    if let Some(Exited(code)) = error.downcast_ref() {
+        return ExitCode::from(*code);
+    }
     let code = code(&error);
     let message = message(&error);
     if json {
@@ -72,6 +83,7 @@ fn code(error: &anyhow::Error) -> u8 {
             ),
         ) => 3,
         _ if error.is::<Ended>() || error.is::<Unflushed>() => 3,
+        _ if error.is::<Unsaved>() || error.is::<Lost>() => 3,
         _ if error.is::<Different>() => 4,
         _ => 1,
     }

@@ -4,6 +4,7 @@ mod args;
 mod bench;
 mod exit;
 mod list;
+mod mount;
 mod output;
 mod qemu;
 mod serve;
@@ -28,6 +29,7 @@ fn main() -> std::process::ExitCode {
         Command::Qemu(QemuCommand::Watch(watch)) => (false, qemu::watch::run(&watch)),
         Command::Serve(serve) => (serve.json, serve::run(&serve, Output::new(serve.json))),
         Command::List(list) => (list.json, list::run(&list, Output::new(list.json))),
+        Command::Mount(mount) => (mount.json, mount::run(&mount, Output::new(mount.json))),
         Command::Bench { arguments } => (false, bench::run(&arguments)),
     };
     exit::report(result, json)

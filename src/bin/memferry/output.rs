@@ -21,6 +21,11 @@ impl Output {
         Self { json }
     }
 
+    /// Whether programs read it.
+    pub(crate) fn is_json(self) -> bool {
+        self.json
+    }
+
     /// A result, for programs; `event` names it.
     pub(crate) fn event(self, event: &str, fields: &impl Serialize) {
         if !self.json {

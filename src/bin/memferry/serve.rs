@@ -121,7 +121,7 @@ impl FromStr for Address {
     }
 }
 
-fn chunk_size(text: &str) -> Result<ChunkSize, String> {
+pub(crate) fn chunk_size(text: &str) -> Result<ChunkSize, String> {
     let size: ByteSize = text.parse()?;
     u32::try_from(size.as_u64())
         .ok()

@@ -1,0 +1,160 @@
+//! `memferry mount`.
+
+mod ending;
+mod exec;
+mod place;
+mod region;
+mod view;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context;
+use bytesize::ByteSize;
+use clap::Args;
+use memferry::backend::nbd::NbdUrl;
+use memferry::chunk::ChunkSize;
+use serde_json::json;
+
+use crate::output::Output;
+use crate::serve::chunk_size;
+use crate::signals::stop_on_signal;
+use ending::Ending;
+use exec::Program;
+use place::Place;
+use region::Region;
+use view::View;
+
+pub(crate) use region::{Lost, Unsaved};
+
+/// How often the mount is looked at: whether the program has ended, whether somebody has unmounted it, and how far it is.
+const LOOK: Duration = Duration::from_millis(100);
+
+const HELP: &str = "\
+The region is a file at PATH until Ctrl-C, SIGTERM or `umount` ends it: then what was written is saved and \
+the mount taken away. A second signal forces it, and says what is lost.
+
+Without --direct the mount is managed: what is read once is kept here, the rest is fetched meanwhile, and what is written is kept here and \
+saved at the remote end at intervals, on fsync, and at the end.
+
+Exit codes: 0 all that was written is saved, 1 nothing was mounted, 2 wrong arguments, 3 something that was written may be lost: the message says \
+what. With --exec the program's own code, unless something is lost.";
+
+#[derive(Debug, Args)]
+#[command(after_help = HELP)]
+pub(crate) struct Mount {
+    /// What to mount, for example `nbd://HOST/EXPORT` or `nbd+unix:///EXPORT?socket=PATH`; `memferry list` shows what a server has
+    #[arg(value_name = "URL")]
+    url: NbdUrl,
+    /// Where: a file, which is made if it is not there, or a folder, which will have one file in it
+    #[arg(value_name = "PATH", required_unless_present = "exec")]
+    path: Option<PathBuf>,
+    /// Run a program with the mount, unmount when it ends, and exit as it did; `{}` in its arguments and `MEMFERRY_PATH` in its environment
+    /// are the path. Goes last
+    #[arg(long, value_name = "PROGRAM", num_args = 1.., allow_hyphen_values = true)]
+    exec: Option<Vec<String>>,
+    /// Keep nothing here: every read and write goes to the server
+    #[arg(long, conflicts_with_all = ["cache", "chunk_size", "pull_first", "no_pull", "push_interval"])]
+    direct: bool,
+    /// Where to keep what is here: `memory`, a file that is made for it, or a folder to make one in
+    #[arg(long, value_name = "WHERE", default_value = "memory")]
+    cache: region::Cache,
+    /// The unit of what is here or not, a power of two from 4 KiB to 4 MiB
+    #[arg(long, value_name = "SIZE", default_value = "4KiB", value_parser = chunk_size)]
+    chunk_size: ChunkSize,
+    /// Fetch everything before it is mounted
+    #[arg(long, conflicts_with = "no_pull")]
+    pull_first: bool,
+    /// Fetch only what is read
+    #[arg(long)]
+    no_pull: bool,
+    /// How often what was written is saved at the remote end; 0s for on fsync and at the end only
+    #[arg(long, value_name = "TIME", default_value = "20s", value_parser = humantime::parse_duration)]
+    push_interval: Duration,
+    /// Refuse to be written
+    #[arg(long)]
+    read_only: bool,
+    /// The most bytes under way at once in the background; without it, what the link needs, or 8 MiB for each large read of a direct mount
+    #[arg(long, value_name = "SIZE")]
+    window: Option<ByteSize>,
+    /// How many connections carry large reads and writes, if the server can be spoken to over several
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=64))]
+    connections: u8,
+    /// How long the server may take to answer; then whoever waits gets an input/output error
+    #[arg(long, value_name = "TIME", default_value = "20s", value_parser = humantime::parse_duration)]
+    deadline: Duration,
+    /// Take a server that knows no flush for one that needs none
+    #[arg(long)]
+    assume_durable: bool,
+    /// PEM file with certificates one of which has to vouch for the server, for nbds:// URLs
+    #[arg(long, value_name = "FILE")]
+    tls_ca: Option<PathBuf>,
+    /// PEM file with this client's certificate
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// PEM file with the certificate's key
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+    /// The name in the server's certificate, if it is not the host of the URL
+    #[arg(long, value_name = "NAME")]
+    tls_name: Option<String>,
+    /// One JSON event a line on standard output
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Mounts until a signal comes, the program ends, or somebody unmounts.
+pub(crate) fn run(args: &Mount, output: Output) -> anyhow::Result<()> {
+    let signal = stop_on_signal(
+        "saving what was written, and unmounting; once more to force it",
+        "forcing it",
+    )?;
+    let region = Region::open(args)?;
+    let place = Place::mount(args, &region)?;
+    let path = place.path().to_owned();
+    output.event(
+        "mounted",
+        &json!({ "path": path, "url": args.url.to_string(), "size": region.len(), "read_only": region.is_read_only() }),
+    );
+    if args.exec.is_none() {
+        output.line(&path.display().to_string());
+    }
+    let program = args
+        .exec
+        .as_deref()
+        .map(|words| Program::start(words, &path))
+        .transpose();
+    // A program that cannot be started leaves a mount that has to be ended in the proper way all the same.
+    let (mut program, not_started) = match program {
+        Ok(program) => (program, None),
+        Err(error) => (None, Some(error)),
+    };
+    let mut view = View::new(output);
+    let mut status = None;
+    while not_started.is_none() && !place.has_ended() {
+        if signal.recv_timeout(LOOK).is_ok() {
+            break;
+        }
+        view.show(&region);
+        if let Some(program) = &mut program {
+            status = program.ended()?;
+            if status.is_some() {
+                break;
+            }
+        }
+    }
+    view.end();
+    output.event("ending", &json!({}));
+    let ending = Ending::new(&region, place, output);
+    ending.run(&signal, program.as_mut(), args.deadline)?;
+    output.event("ended", &json!({}));
+    if let Some(error) = not_started {
+        return Err(error).context("the program was not run");
+    }
+    if let Some(program) = &mut program {
+        // After a signal it may have gone on until its file went.
+        let status = status.or(program.ended()?);
+        return exec::pass_on(status);
+    }
+    Ok(())
+}

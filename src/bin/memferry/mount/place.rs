@@ -1,0 +1,210 @@
+//! Where the region is seen: a file, or a block device.
+
+use std::fs::OpenOptions;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+
+use super::Mount;
+use super::region::Region;
+
+/// Where the region is seen.
+pub(super) enum Place {
+    #[cfg(feature = "fuse")]
+    File {
+        file: memferry::frontend::FuseFile,
+        /// What it is mounted on.
+        root: PathBuf,
+        /// Dropped last, so after it was unmounted.
+        _made: Made,
+    },
+}
+
+/// What was made to mount on, removed when it is dropped.
+#[derive(Default)]
+pub(super) struct Made {
+    file: Option<PathBuf>,
+    folder: Option<PathBuf>,
+}
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        // What is not empty, or still mounted on, is not ours to remove.
+        if let Some(file) = &self.file {
+            let _ = std::fs::remove_file(file);
+        }
+        if let Some(folder) = &self.folder {
+            let _ = std::fs::remove_dir(folder);
+        }
+    }
+}
+
+/// Why a region is still where it was.
+#[derive(Debug)]
+pub(super) enum Held {
+    /// Somebody uses it.
+    Busy(String),
+    /// What was written cannot be saved at the moment, or something else.
+    Failed(anyhow::Error),
+}
+
+impl Place {
+    pub(super) fn mount(args: &Mount, region: &Region) -> anyhow::Result<Self> {
+        file(args, region)
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        match self {
+            #[cfg(feature = "fuse")]
+            Self::File { file, .. } => file.path(),
+        }
+    }
+
+    /// Whether somebody has unmounted it.
+    pub(super) fn has_ended(&self) -> bool {
+        match self {
+            #[cfg(feature = "fuse")]
+            Self::File { file, .. } => file.has_ended(),
+        }
+    }
+
+    /// Has the kernel write back what it has cached, and takes the region away.
+    pub(super) fn unmount(&self) -> Result<(), Held> {
+        match self {
+            #[cfg(feature = "fuse")]
+            Self::File { file, root, .. } => unmount_file(file, root),
+        }
+    }
+
+    /// Takes it away from whoever uses it.
+    pub(super) fn force(&self) {
+        match self {
+            #[cfg(feature = "fuse")]
+            Self::File { file, .. } => {
+                // What cannot be detached is aborted when it is dropped.
+                let _ = file.detach();
+            }
+        }
+    }
+}
+
+#[cfg(feature = "fuse")]
+fn unmount_file(file: &memferry::frontend::FuseFile, root: &Path) -> Result<(), Held> {
+    use memferry::frontend::FuseUnmountError;
+    if file.has_ended() {
+        return Ok(());
+    }
+    file.sync()
+        .context("cannot save what was written to the file")
+        .map_err(Held::Failed)?;
+    match file.unmount() {
+        Ok(()) => Ok(()),
+        Err(error @ FuseUnmountError::Busy { .. }) => {
+            let holders = holders(root);
+            let who = if holders.is_empty() {
+                String::new()
+            } else {
+                format!(" ({})", holders.join(", "))
+            };
+            Err(Held::Busy(format!("{error}{who}")))
+        }
+        Err(error) => Err(Held::Failed(error.into())),
+    }
+}
+
+/// The processes that can be seen to have what is below `root` open or mapped, or to be there.
+#[cfg(feature = "fuse")]
+fn holders(root: &Path) -> Vec<String> {
+    let mut holders = Vec::new();
+    let Ok(processes) = std::fs::read_dir("/proc") else {
+        return holders;
+    };
+    for process in processes.flatten() {
+        let folder = process.path();
+        let is_process = process
+            .file_name()
+            .to_str()
+            .is_some_and(|name| name.bytes().all(|byte| byte.is_ascii_digit()));
+        if !is_process {
+            continue;
+        }
+        let links = ["fd", "map_files"]
+            .into_iter()
+            .filter_map(|links| std::fs::read_dir(folder.join(links)).ok())
+            .flatten()
+            .flatten()
+            .map(|link| link.path())
+            .chain([folder.join("cwd")]);
+        let has_it = links
+            .filter_map(|link| std::fs::read_link(link).ok())
+            .any(|target| target.starts_with(root));
+        if has_it {
+            let name = std::fs::read_to_string(folder.join("comm")).unwrap_or_default();
+            let number = process.file_name();
+            holders.push(format!("{} {}", name.trim(), number.to_string_lossy()));
+        }
+    }
+    holders
+}
+
+#[cfg(feature = "fuse")]
+fn file(args: &Mount, region: &Region) -> anyhow::Result<Place> {
+    use memferry::frontend::{FuseFile, FuseOptions};
+    let mut made = Made::default();
+    let at = match &args.path {
+        Some(path) => path.clone(),
+        None => {
+            let folder =
+                std::env::temp_dir().join(format!("memferry-mount-{}", std::process::id()));
+            std::fs::create_dir(&folder)
+                .with_context(|| format!("cannot make {}", folder.display()))?;
+            made.folder = Some(folder.clone());
+            folder
+        }
+    };
+    let missing = std::fs::symlink_metadata(&at)
+        .is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound);
+    if missing {
+        OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .open(&at)
+            .with_context(|| format!("cannot make {} to mount on", at.display()))?;
+        made.file = Some(at.clone());
+    }
+    let options = FuseOptions {
+        read_only: region.is_read_only(),
+        ..FuseOptions::default()
+    };
+    let root = absolute(&at);
+    let file = FuseFile::mount(region.storage(), &root, &options)?;
+    Ok(Place::File {
+        file,
+        root,
+        _made: made,
+    })
+}
+
+/// The whole path, also of what cannot be looked at because a mount there was left behind.
+#[cfg(feature = "fuse")]
+fn absolute(at: &Path) -> PathBuf {
+    let beside = || {
+        let parent = at.parent().filter(|parent| !parent.as_os_str().is_empty());
+        let parent = parent
+            .unwrap_or_else(|| Path::new("."))
+            .canonicalize()
+            .ok()?;
+        Some(parent.join(at.file_name()?))
+    };
+    at.canonicalize()
+        .ok()
+        .or_else(beside)
+        .unwrap_or_else(|| at.to_owned())
+}
+
+#[cfg(not(feature = "fuse"))]
+fn file(_: &Mount, _: &Region) -> anyhow::Result<Place> {
+    anyhow::bail!(
+        "this program was built without FUSE: build it with the feature `fuse`, or use --nbd"
+    )
+}
