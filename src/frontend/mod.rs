@@ -6,6 +6,7 @@
 //! | [`FuseFile`] | opens, reads, writes or maps a file that is ours | requests of the kernel, answered by threads of ours |
 //! | [`nbd`] | is a client of a network block device, or has it as a device | requests that are answered when the page is there |
 //! | [`Slice`] | is this process: loads and stores, or reads and writes | faults through a userfaultfd of our own |
+//! | [`FaultServer`] | [hands over](hand_over()) the faults of its own memory | faults through its userfaultfd |
 
 mod file_ram;
 #[cfg(feature = "fuse")]
@@ -16,4 +17,7 @@ mod slice;
 pub use file_ram::{FaultArea, FileRam, Watch};
 #[cfg(feature = "fuse")]
 pub use fuse::{Cache, FuseFile, FuseMountError, FuseOptions, FuseUnmountError};
-pub use slice::{Failure, Slice, SliceOptions};
+pub use slice::{
+    Failure, FaultServer, HandOverError, HandedOver, HandedRange, Slice, SliceOptions, hand_over,
+    parse_hand_over,
+};

@@ -14,9 +14,14 @@
 //! `hand_over.rs` lets another process's faults be served in the same way.
 
 mod ahead;
+mod hand_over;
 mod pager;
 mod serve;
 mod write_back;
+
+pub use hand_over::{
+    FaultServer, HandOverError, HandedOver, HandedRange, hand_over, parse_hand_over,
+};
 
 use std::io;
 use std::ops::Range;
@@ -460,7 +465,9 @@ fn merged(ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
 fn unexpected(problem: Problem) -> io::Error {
     match problem {
         Problem::Storage(error) => error,
-        Problem::Gone => io::Error::other("memory of our own is not mapped"),
+        Problem::Gone | Problem::Changing => {
+            io::Error::other("memory of our own was mapped anew by somebody")
+        }
     }
 }
 

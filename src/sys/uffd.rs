@@ -100,17 +100,7 @@ impl Uffd {
     /// [`io::ErrorKind::PermissionDenied`] without the privilege that `scope` needs; a [`FeatureError`] inside if the
     /// kernel lacks a feature.
     pub fn create(scope: Scope, features: Features) -> io::Result<Self> {
-        let fd = new_descriptor(scope).map_err(|errno| match errno {
-            Errno::PERM => io::Error::new(
-                io::ErrorKind::PermissionDenied,
-                "userfaultfd for kernel faults needs CAP_SYS_PTRACE, or the sysctl vm.unprivileged_userfaultfd=1",
-            ),
-            Errno::NOSYS => io::Error::new(
-                io::ErrorKind::Unsupported,
-                "the kernel was built without userfaultfd (CONFIG_USERFAULTFD)",
-            ),
-            errno => errno.into(),
-        })?;
+        let fd = unused(scope)?;
         Self::adopt(fd, features)
     }
 
@@ -442,6 +432,32 @@ pub fn offered() -> io::Result<Features> {
         features: Features::none(),
     };
     Ok(uffd.handshake(Features::none())?)
+}
+
+/// A userfaultfd of this process that nobody has agreed with on features: to be handed to who serves the faults, who
+/// [adopts](Uffd::adopt) it.
+///
+/// # Errors
+/// As [`Uffd::create`].
+pub fn unused(scope: Scope) -> io::Result<OwnedFd> {
+    new_descriptor(scope).map_err(|errno| match errno {
+        Errno::PERM => io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            "userfaultfd for kernel faults needs CAP_SYS_PTRACE, or the sysctl vm.unprivileged_userfaultfd=1",
+        ),
+        Errno::NOSYS => io::Error::new(
+            io::ErrorKind::Unsupported,
+            "the kernel was built without userfaultfd (CONFIG_USERFAULTFD)",
+        ),
+        errno => errno.into(),
+    })
+}
+
+/// Whether a descriptor, which may have come from anybody, is one of a userfaultfd. Asks the descriptor's file nothing.
+#[must_use]
+pub fn is_userfaultfd(fd: BorrowedFd<'_>) -> bool {
+    let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    std::fs::read_link(link).is_ok_and(|name| name.as_os_str() == "anon_inode:[userfaultfd]")
 }
 
 fn new_descriptor(scope: Scope) -> Result<OwnedFd, Errno> {

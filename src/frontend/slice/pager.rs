@@ -52,6 +52,8 @@ pub(super) enum Problem {
     Storage(io::Error),
     /// There is no such memory any more, nobody waits.
     Gone,
+    /// The program changes its mappings, which it can once its events are read: to be tried again after that.
+    Changing,
 }
 
 impl From<io::Error> for Problem {
@@ -174,12 +176,19 @@ impl Pager {
         self.resident.contains(page)
     }
 
-    /// The next run of pages of `within` that are not resident, at most [`LARGEST`].
+    /// The next run of pages of `within` that are not resident and that the storage has, at most [`LARGEST`].
     pub(super) fn next_absent(&self, within: Range<u64>) -> Option<Range<u64>> {
-        let start = within.clone().find(|&page| !self.is_resident(page))?;
+        let settled = |page| self.is_resident(page) || self.is_given_back(page);
+        let start = within.clone().find(|&page| !settled(page))?;
         let end = within.end.min(start + LARGEST / page_size());
-        let resident = (start + 1..end).find(|&page| self.is_resident(page));
-        Some(start..resident.unwrap_or(end))
+        let stop = (start + 1..end).find(|&page| settled(page));
+        Some(start..stop.unwrap_or(end))
+    }
+
+    fn is_given_back(&self, page: u64) -> bool {
+        self.given_back
+            .as_ref()
+            .is_some_and(|given_back| given_back.contains(page))
     }
 
     /// Reads `pages`, of one area, with `read` and makes them present; those that are already stay as they are. `buffer` may be any.
@@ -191,6 +200,9 @@ impl Pager {
     ) -> Result<(), Problem> {
         loop {
             let generation = self.generation();
+            if pages.clone().any(|page| self.is_given_back(page)) {
+                return self.fetch_or_zero(pages, buffer, read);
+            }
             let data = self.read(pages, buffer, &read)?;
             // Else the bytes may have changed since they were read.
             if self
@@ -200,6 +212,28 @@ impl Pager {
                 return Ok(());
             }
         }
+    }
+
+    /// As [`fetch`](Self::fetch), page by page: what was given back is zeros.
+    fn fetch_or_zero(
+        &self,
+        pages: &Range<u64>,
+        buffer: &mut Vec<u8>,
+        read: impl Fn(&(dyn Storage + 'static), &mut [u8], u64) -> io::Result<()>,
+    ) -> Result<(), Problem> {
+        for page in pages.clone() {
+            let one = page..page + 1;
+            let generation = self.generation();
+            if self.is_given_back(page) {
+                outcome(self.uffd.zero(self.addresses(&one), page_size())?)?;
+            } else {
+                let data = self.read(&one, buffer, &read)?;
+                // If it was given back meanwhile, whoever waits for it faults again.
+                self.install(&one, data, Install::Clean, Some(generation))?;
+                self.uffd.wake(self.addresses(&one))?;
+            }
+        }
+        Ok(())
     }
 
     /// Reads `pages` of one area into `buffer`, as whole pages.
@@ -243,13 +277,11 @@ impl Pager {
             return Ok(None);
         }
         let installed = self.healing(pages, || {
-            self.fill(&addresses, |done, address| {
-                let rest = &data[usize::try_from(done).expect("within the slice")..];
-                if self.protects && how == Install::Clean {
-                    self.uffd.install_protected(address, rest, page_size())
-                } else {
-                    self.uffd.install(address, rest, page_size())
-                }
+            outcome(if self.protects && how == Install::Clean {
+                self.uffd
+                    .install_protected(addresses.start, data, page_size())?
+            } else {
+                self.uffd.install(addresses.start, data, page_size())?
             })
         })?;
         self.resident
@@ -271,33 +303,6 @@ impl Pager {
         poison.retain(|page| !pages.contains(page));
         self.any_poison.store(!poison.is_empty(), Ordering::Release);
         install()
-    }
-
-    /// Lets `step` fill `addresses`; it is told how much is done, and where to go on. Says how many bytes became present.
-    fn fill(
-        &self,
-        addresses: &Range<u64>,
-        step: impl Fn(u64, u64) -> io::Result<Installed>,
-    ) -> Result<u64, Problem> {
-        let mut done = 0;
-        let mut present = 0;
-        loop {
-            let installed = step(done, addresses.start + done)?;
-            done += installed.done;
-            present += installed.bytes;
-            match installed.stopped {
-                None => return Ok(present),
-                // The program changes its mappings, which the fault loop lets it.
-                Some(Stop::Changing) => std::thread::yield_now(),
-                Some(Stop::Unmapped | Stop::Exited) => return Err(Problem::Gone),
-                Some(Stop::NoRoom) => {
-                    return Err(Problem::Storage(io::Error::new(
-                        io::ErrorKind::StorageFull,
-                        "there is no memory for a page",
-                    )));
-                }
-            }
-        }
     }
 
     /// Lets whoever accesses one of `pages` be killed by `SIGBUS`, now and until it is installed; `false` if the kernel cannot.
@@ -343,8 +348,10 @@ impl Pager {
         Ok(done)
     }
 
-    /// The program gives back what it has at these addresses.
+    /// The program gives back what it has at these addresses. What was read for them is not installed any more.
     pub(super) fn give_back(&self, addresses: &Range<u64>) {
+        let _stable = self.stable.write().unwrap_or_else(PoisonError::into_inner);
+        self.generation.fetch_add(1, Ordering::AcqRel);
         for placed in &self.areas {
             let start = addresses.start.max(placed.area.addresses.start);
             let end = addresses.end.min(placed.area.addresses.end);
@@ -361,21 +368,17 @@ impl Pager {
             self.resident.remove_run(run);
         }
     }
+}
 
-    /// Makes `page` zero if the program has given it back; says whether it has.
-    pub(super) fn zero_if_given_back(&self, page: u64) -> Result<bool, Problem> {
-        if !self
-            .given_back
-            .as_ref()
-            .is_some_and(|given_back| given_back.contains(page))
-        {
-            return Ok(false);
-        }
-        let addresses = self.addresses(&(page..page + 1));
-        self.fill(&addresses, |done, _| {
-            self.uffd
-                .zero(addresses.start + done..addresses.end, page_size())
-        })?;
-        Ok(true)
+/// How many bytes an installation made present, all of which are now.
+fn outcome(installed: Installed) -> Result<u64, Problem> {
+    match installed.stopped {
+        None => Ok(installed.bytes),
+        Some(Stop::Changing) => Err(Problem::Changing),
+        Some(Stop::Unmapped | Stop::Exited) => Err(Problem::Gone),
+        Some(Stop::NoRoom) => Err(Problem::Storage(io::Error::new(
+            io::ErrorKind::StorageFull,
+            "there is no memory for a page",
+        ))),
     }
 }

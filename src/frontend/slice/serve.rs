@@ -22,7 +22,7 @@ use super::write_back::{WriteBack, cut};
 use super::{Failure, SliceOptions};
 use crate::chunk::Storage;
 use crate::sys::mapping::page_size;
-use crate::sys::uffd::{Event, Uffd};
+use crate::sys::uffd::{Event, Features, Uffd};
 
 /// So many threads read ahead: with 1 MiB each, what 1 Gbit/s carries in a round trip of 30 ms.
 const AHEAD_THREADS: usize = 4;
@@ -44,6 +44,9 @@ const ONE: [u8; 8] = 1_u64.to_ne_bytes();
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
+/// How long a program may take to give pages back once it was told that it may.
+const SOON: Duration = Duration::from_millis(1);
+
 /// Faults of a program, and everything that is needed to serve them.
 #[derive(Debug)]
 pub(super) struct Service {
@@ -64,6 +67,9 @@ pub(super) struct Service {
     /// Pages that were read ahead and are still absent.
     kept: Mutex<BTreeMap<u64, Kept>>,
     kept_count: AtomicUsize,
+    /// Where the program may give pages back: held while events are read and taken note of, so that a fault which follows is read by
+    /// who knows.
+    in_order: Option<Mutex<()>>,
     stopping: AtomicBool,
     /// Readable once the threads shall end.
     stop: OwnedFd,
@@ -126,7 +132,9 @@ impl Service {
         options: &SliceOptions,
     ) -> io::Result<Self> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let gives_back = pager.uffd.features().contains(Features::EVENT_REMOVE);
         Ok(Self {
+            in_order: gives_back.then(Mutex::default),
             pager,
             writes,
             failure: options.failure,
@@ -216,6 +224,7 @@ impl Service {
     fn read_faults(&self, server: &mut Server) {
         let Server { events, faults, .. } = server;
         faults.clear();
+        let _reading = self.in_order.as_ref().map(locked);
         loop {
             events.clear();
             match self.pager.uffd.read_events(events) {
@@ -317,6 +326,7 @@ impl Service {
             match self.fetch_now(&now, buffer) {
                 Ok(()) | Err(Problem::Gone) => {}
                 Err(Problem::Storage(_)) => self.retry_later(part, FIRST_PAUSE, None),
+                Err(Problem::Changing) => self.retry_soon(part, None),
             }
             if let Some(Plan::ReadAhead(ahead, area)) = plan {
                 self.have_read(ahead, &area);
@@ -357,20 +367,8 @@ impl Service {
 
     /// Makes `pages` of one area present.
     fn fetch_now(&self, pages: &Range<u64>, buffer: &mut Vec<u8>) -> Result<(), Problem> {
-        if pages.end - pages.start == 1
-            && (self.install_kept(pages)? || self.pager.zero_if_given_back(pages.start)?)
-        {
+        if pages.end - pages.start == 1 && self.install_kept(pages)? {
             return Ok(());
-        }
-        if pages.end - pages.start > 1
-            && pages
-                .clone()
-                .any(|page| matches!(self.pager.zero_if_given_back(page), Ok(true)))
-        {
-            // Some are zeros and some are not: one by one.
-            return pages
-                .clone()
-                .try_for_each(|page| self.fetch_now(&(page..page + 1), buffer));
         }
         self.pager
             .fetch(pages, buffer, <dyn Storage>::read_exact_at)
@@ -498,6 +496,16 @@ impl Service {
         });
     }
 
+    /// Pages could not be installed before events are read, which any thread does before it tries again.
+    fn retry_soon(&self, pages: Range<u64>, give_up: Option<Instant>) {
+        locked(&self.retries).push(Retry {
+            pages,
+            at: Instant::now() + SOON,
+            pause: FIRST_PAUSE,
+            give_up,
+        });
+    }
+
     fn try_again(&self, buffer: &mut Vec<u8>) {
         loop {
             let due = {
@@ -507,9 +515,13 @@ impl Service {
                 due.map(|due| retries.swap_remove(due))
             };
             let Some(retry) = due else { return };
-            if let Err(Problem::Storage(_)) = self.fetch_now(&retry.pages, buffer) {
-                let pause = (retry.pause * 2).min(LONGEST_PAUSE);
-                self.retry_later(retry.pages, pause, retry.give_up);
+            match self.fetch_now(&retry.pages, buffer) {
+                Ok(()) | Err(Problem::Gone) => {}
+                Err(Problem::Storage(_)) => {
+                    let pause = (retry.pause * 2).min(LONGEST_PAUSE);
+                    self.retry_later(retry.pages, pause, retry.give_up);
+                }
+                Err(Problem::Changing) => self.retry_soon(retry.pages, retry.give_up),
             }
         }
     }
