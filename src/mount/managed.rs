@@ -87,9 +87,9 @@ pub enum CloseError {
     /// The hook before the first sync, or before closing, failed. Nothing was closed.
     #[error("the mount was not closed, because its user could not let go of it: {0}")]
     Hook(#[source] io::Error),
-    /// Not everything could be made durable.
+    /// Not everything could be made durable. A managed mount's local storage still has it.
     #[error(
-        "{} bytes in {} ranges were written and are not known to be saved at the remote end ({source}); the local storage still has them",
+        "{} bytes in {} ranges were written and may not be saved at the remote end ({source})",
         bytes(ranges),
         ranges.len()
     )]

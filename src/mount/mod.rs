@@ -1,12 +1,19 @@
-//! Remote memory as a path, a file or a slice of this machine.
+//! Remote memory as a path, a file or a slice of this machine: a storage joined with a front end.
 //!
-//! | mount | what is written | what is read |
+//! | storage | what is written | what is read |
 //! |---|---|---|
-//! | direct: a back end given to a front end | goes to the remote end at once | comes from the remote end every time |
+//! | [`Direct`] | goes to the remote end at once | comes from the remote end every time |
 //! | [`Managed`] | stays here, and is pushed later | comes from the remote end once, before it is asked for if it can |
+//!
+//! ```text
+//!  program ──► front end (file, device, memory) ──► Direct | Managed ──► back end
+//!              └──────────────── Mount: let go, save, close ──┘
+//! ```
 
+mod joined;
 mod managed;
 mod options;
 
+pub use joined::{Direct, FrontEnd, Mount, Mounted, UnmountError};
 pub use managed::{CloseError, Managed, MountProgress};
 pub use options::{Hook, Hooks, ManagedOptions, Priority, Push};
