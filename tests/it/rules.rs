@@ -247,21 +247,21 @@ fn parts_of_one_chunk_are_written_by_many_at_once_up_to_the_last_byte() {
     let chunked = Chunked::new(Arc::new(MapStore::new(large, LEN)));
     let (base, overlay) = (memory(LEN), Arc::new(chunked));
     let region = Cow::new(base, overlay, ChunkSize::PAGE).unwrap();
-    let part = |n: u64| -> Range<u64> { n * LEN / 8..(n + 1) * LEN / 8 };
+    let part = |n: u8| -> Range<u64> { u64::from(n) * LEN / 8..u64::from(n + 1) * LEN / 8 };
     thread::scope(|scope| {
         for n in 0..8 {
             let region = &region;
             scope.spawn(move || {
                 for offset in part(n) {
-                    region.write_all_at(&[n as u8 + 1], offset).unwrap();
+                    region.write_all_at(&[n + 1], offset).unwrap();
                 }
             });
         }
     });
-    for n in 0..8 {
-        let mut buf = vec![0; (part(n).end - part(n).start) as usize];
-        region.read_exact_at(&mut buf, part(n).start).unwrap();
-        assert!(buf.iter().all(|&byte| byte == n as u8 + 1), "part {n}");
+    for offset in (0..8).flat_map(|n| part(n).map(move |offset| (n, offset))) {
+        let mut byte = [0];
+        region.read_exact_at(&mut byte, offset.1).unwrap();
+        assert_eq!(byte, [offset.0 + 1], "byte {}", offset.1);
     }
     assert!(region.write_all_at(&[1; 2], LEN - 1).is_err());
 }

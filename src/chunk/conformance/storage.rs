@@ -78,6 +78,9 @@ fn size(count: u64) -> usize {
 /// Says where two runs of bytes part, which `assert_eq!` buries in megabytes.
 fn assert_same(found: &[u8], expected: &[u8], offset: u64, what: &str) {
     assert_eq!(found.len(), expected.len(), "{what}");
+    if found == expected {
+        return;
+    }
     let differs = found.iter().zip(expected).position(|(a, b)| a != b);
     if let Some(at) = differs {
         panic!(
@@ -267,8 +270,8 @@ fn check_data(storage: &dyn Storage, bytes: &[u8], within: Range<u64>) {
             bytes.len()
         );
         let between = &bytes[size(next.min(end))..size(range.start.min(end))];
-        let lost = between.iter().position(|&byte| byte != 0);
-        assert_eq!(lost, None, "data left out from {next} on: {found:?}");
+        let zeros = vec![0; between.len()];
+        assert!(between == zeros, "data left out from {next} on: {found:?}");
         next = range.end;
     }
     assert!(found.iter().all(|range| !range.is_empty()), "{found:?}");
@@ -364,7 +367,7 @@ pub fn writers_of_neighbouring_bytes_do_not_undo_each_other(make: Make<'_>) {
 /// While it is written, and afterwards new.
 pub fn a_reader_sees_each_byte_old_or_new(make: Make<'_>) {
     let storage = make(LEN);
-    let range = 60_000..75_000;
+    let range = 60_000..if cfg!(miri) { 67_000 } else { 75_000 };
     let bytes = |round: u8| vec![round; size(range.end - range.start)];
     write(&*storage, &bytes(1), range.start);
     for round in 2..2 + u8::try_from(times(40)).expect("few rounds") {
@@ -372,11 +375,9 @@ pub fn a_reader_sees_each_byte_old_or_new(make: Make<'_>) {
             let readers = [(); 2].map(|()| {
                 scope.spawn(|| {
                     for _ in 0..3 {
-                        let found = read(&*storage, range.clone());
-                        let strange = found
-                            .iter()
-                            .find(|&&byte| byte != round && byte != round - 1);
-                        assert_eq!(strange, None, "round {round}");
+                        let mut found = read(&*storage, range.clone());
+                        found.retain(|&byte| byte != round && byte != round - 1);
+                        assert_eq!(found, [0_u8; 0], "round {round}");
                     }
                 })
             });
