@@ -11,6 +11,7 @@ use memferry::chunk::conformance::storage::run_all;
 use memferry::chunk::{ChunkSize, Chunked, Cow, Gate, Storage, Synced};
 use memferry::dirty::Tracked;
 use memferry::frontend::nbd::{Export, Listener, Server, ServerOptions};
+use memferry::mount::{Managed, ManagedOptions, Push};
 
 /// No test waits longer for anything.
 const SOON: Duration = Duration::from_secs(30);
@@ -93,6 +94,21 @@ fn chunks_of_a_folder_behind_a_network_block_device_read_through() {
         let store = DirectoryStore::open(kept.folder(), large(), len).unwrap();
         let remote = kept.over_nbd(Arc::new(Chunked::new(Arc::new(store))));
         synced(remote, ChunkSize::PAGE)
+    });
+}
+
+/// With everything that goes on in the background of a mount.
+#[test]
+fn a_managed_mount_of_a_network_block_device() {
+    let kept = Kept::default();
+    run_all(&|len| {
+        let remote = kept.over_nbd(memory(len));
+        let options = ManagedOptions {
+            push: Push::Every(Duration::from_millis(1)),
+            deadline: SOON,
+            ..ManagedOptions::default()
+        };
+        Arc::new(Managed::open(remote, memory(len), &options).unwrap())
     });
 }
 
