@@ -2,7 +2,7 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use super::stripes::Stripes;
 use super::{AtomicBitmap, ChunkBitmap, ChunkRun, ChunkSize, Marks, Storage, check_range};
@@ -29,6 +29,8 @@ pub struct Cow {
     /// The chunks that are in the overlay. Never taken out again, so who sees one here needs no lock.
     own: AtomicBitmap,
     copying: Stripes,
+    /// Held for reading by who changes the overlay.
+    changing: RwLock<()>,
     map: Option<Map>,
 }
 
@@ -36,8 +38,16 @@ pub struct Cow {
 #[derive(Debug)]
 struct Map {
     storage: Arc<dyn Storage>,
-    /// What of it is durable.
-    saved: Mutex<ChunkBitmap>,
+    state: Mutex<Saved>,
+}
+
+#[derive(Debug)]
+struct Saved {
+    /// What of the set is durable.
+    chunks: ChunkBitmap,
+    /// Chunks of the overlay that are not in the map, and that a flush of the overlay has failed for: a later one does not
+    /// speak for them.
+    doubtful: ChunkBitmap,
 }
 
 impl Cow {
@@ -68,6 +78,7 @@ impl Cow {
             overlay,
             chunk_size,
             copying: Stripes::new(),
+            changing: RwLock::new(()),
             map: None,
         })
     }
@@ -115,7 +126,10 @@ impl Cow {
         cow.own.union_with(&saved);
         cow.map = Some(Map {
             storage: map,
-            saved: Mutex::new(saved),
+            state: Mutex::new(Saved {
+                doubtful: ChunkBitmap::empty(saved.chunks()),
+                chunks: saved,
+            }),
         });
         Ok(cow)
     }
@@ -182,6 +196,16 @@ impl Cow {
         how: impl Fn(&dyn Storage, &mut [u8], u64) -> io::Result<()>,
     ) -> io::Result<()> {
         check_range(self.len(), offset, buf.len() as u64)?;
+        let chunk = offset / self.size();
+        if offset % self.size() + buf.len() as u64 <= self.size() {
+            // Most reads: of one chunk.
+            let from = if self.own.contains(chunk) {
+                &self.overlay
+            } else {
+                &self.base
+            };
+            return how(&**from, buf, offset);
+        }
         let mut left = buf;
         for (piece, is_own) in self.pieces(offset..offset + left.len() as u64) {
             let (part, rest) = left.split_at_mut(in_memory(piece.end - piece.start));
@@ -203,6 +227,7 @@ impl Cow {
         if range.is_empty() {
             return Ok(());
         }
+        let _changing = self.changing.read().unwrap_or_else(PoisonError::into_inner);
         let first = range.start / self.size();
         let run = ChunkRun::new(first, range.end.div_ceil(self.size()) - first);
         if self.own.runs_within(run) == [run] {
@@ -222,6 +247,47 @@ impl Cow {
         }
         change(range)?;
         self.own.insert_run(run);
+        Ok(())
+    }
+}
+
+impl Cow {
+    /// Makes the overlay durable, and then the map that refers to it.
+    fn flush_with(&self, map: &Map) -> io::Result<()> {
+        // After a panic less is taken for saved than is.
+        let mut state = map.state.lock().unwrap_or_else(PoisonError::into_inner);
+        self.write_again(&state.doubtful)?;
+        // The map may name only what the overlay has on its medium: so first look, then flush, then write what was seen.
+        let mut own = self.differing();
+        if let Err(error) = self.overlay.flush() {
+            own.subtract(&state.chunks);
+            state.doubtful.union_with(&own);
+            return Err(error);
+        }
+        state.doubtful.clear();
+        map.save(&mut state.chunks, &own)
+    }
+
+    /// Writes chunks of the overlay into it once more.
+    ///
+    /// More than what was written to them may be lost otherwise: the map would hide the rest of them in the base.
+    fn write_again(&self, chunks: &ChunkBitmap) -> io::Result<()> {
+        if chunks.is_empty() {
+            return Ok(());
+        }
+        // Nobody changes what is read here and written back.
+        let _alone = self
+            .changing
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        for run in chunks.runs() {
+            for chunk in run.range() {
+                let range = self.bytes_of(ChunkRun::new(chunk, 1));
+                let mut bytes = vec![0; in_memory(range.end - range.start)];
+                self.overlay.read_exact_at(&mut bytes, range.start)?;
+                self.overlay.write_all_at(&bytes, range.start)?;
+            }
+        }
         Ok(())
     }
 }
@@ -262,10 +328,10 @@ impl Storage for Cow {
     }
 
     fn flush(&self) -> io::Result<()> {
-        // The map may name only what the overlay has on its medium: so first look, then flush, then write what was seen.
-        let own = self.map.as_ref().map(|map| (map, self.differing()));
-        self.overlay.flush()?;
-        own.map_or(Ok(()), |(map, own)| map.save(&own))
+        match &self.map {
+            None => self.overlay.flush(),
+            Some(map) => self.flush_with(map),
+        }
     }
 
     fn data_ranges(&self, within: Range<u64>) -> io::Result<Vec<Range<u64>>> {
@@ -304,9 +370,7 @@ impl Marks for Cow {
 
 impl Map {
     /// Writes what differs from what is durable, and makes that so.
-    fn save(&self, own: &ChunkBitmap) -> io::Result<()> {
-        // After a panic less is taken for saved than is.
-        let mut saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner);
+    fn save(&self, saved: &mut ChunkBitmap, own: &ChunkBitmap) -> io::Result<()> {
         let words = own.words();
         for (n, part) in words.chunks(WORDS_AT_ONCE).enumerate() {
             let first = n * WORDS_AT_ONCE;
@@ -513,6 +577,13 @@ mod tests {
         assert!(cow.flush().is_err());
         // A crash here: what was not flushed is as the base has it.
         assert_eq!(named(&open().unwrap().differing()), [0, 999]);
+        overlay.faults().clear();
+        // A flush that has failed once means nothing for what it was for, if it succeeds: so that is written again.
+        overlay
+            .faults()
+            .add(Fault::error(io::ErrorKind::StorageFull).on(Operation::Write));
+        assert_eq!(cow.flush().unwrap_err().kind(), io::ErrorKind::StorageFull);
+        assert_eq!(overlay.faults().struck(), 2);
         overlay.faults().clear();
         map.faults().add(
             Fault::error(io::ErrorKind::Other)
