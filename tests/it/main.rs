@@ -7,6 +7,7 @@
 
 mod dependencies;
 mod layers;
+mod managed;
 mod migrate;
 mod mount;
 mod nbd;
