@@ -322,6 +322,33 @@ impl Region {
         self.abandon()
     }
 
+    /// Makes room for a region that comes from elsewhere, where programs have used this one meanwhile: a machine monitor, for example, that was
+    /// started to receive a guest and has written to its memory. What is here is thrown away; programs wait from now on.
+    ///
+    /// # Errors
+    /// If it is not used here or is being moved; if what is cached cannot be written back or operations do not end within the patience: it is
+    /// used on then.
+    pub fn vacate(&self) -> Result<(), RegionError> {
+        let owner = |standing| standing == Standing::Owner;
+        self.free("used here", owner)?.busy = true;
+        let vacated = self
+            .write_back()
+            .and_then(|()| self.stand_still(Instant::now() + self.patience));
+        if let Err(error) = vacated {
+            self.go_on();
+            self.held().busy = false;
+            return Err(error);
+        }
+        // Nothing is left to be written back, so that nobody waits at the door for this.
+        self.forget();
+        let mut held = self.held();
+        held.busy = false;
+        held.owned = false;
+        held.old = false;
+        self.set(&mut held, Standing::Waiting);
+        Ok(())
+    }
+
     /// The standing, if nobody works with the region and it is as it should be.
     fn free(
         &self,

@@ -4,6 +4,7 @@
 mod deaths;
 mod failures;
 mod ferry;
+mod fuse_ram;
 mod qemu;
 mod qemu_driver;
 mod qemu_refusals;

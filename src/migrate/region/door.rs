@@ -1,4 +1,7 @@
 //! Who may be inside of a region: everybody, nobody for now, or nobody any more.
+//!
+//! [`chunk::Gate`](crate::chunk::Gate) is closed by somebody who will open it soon, and opens if he is gone. This door stays as it is, for as long as the
+//! region is elsewhere, and can send away who comes.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};

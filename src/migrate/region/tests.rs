@@ -249,6 +249,22 @@ fn remote_bytes_may_hold_anything() {
 }
 
 #[test]
+fn a_region_that_was_used_meanwhile_makes_room() {
+    let region = Arc::new(region(PAGE, Region::new).with_patience(SHORT));
+    region.write_all_at(&[1], 0).unwrap();
+    region.vacate().unwrap();
+    assert_eq!(region.standing(), Standing::Waiting);
+    assert_eq!(
+        read(&region, 0, 1).unwrap_err().kind(),
+        io::ErrorKind::TimedOut
+    );
+    assert!(region.vacate().is_err());
+    region.begin_to_come().unwrap();
+    let arrival = Arrival::new(vec![region], None).unwrap();
+    assert!(arrival.old().is_none(), "nothing in it is worth a look");
+}
+
+#[test]
 fn somebody_who_moves_a_region_is_alone() {
     let region = Arc::new(region(PAGE, Region::new));
     region.begin_to_leave().unwrap();
