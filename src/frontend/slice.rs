@@ -160,6 +160,15 @@ impl Slice {
         self.memory.as_ptr()
     }
 
+    /// Loads bytes as a program with the [pointer](Self::as_ptr) does: each page that is absent is a fault that this thread waits for.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::UnexpectedEof`] if the range is outside of the region. A page that cannot be had kills this thread, as
+    /// [`Failure`] says.
+    pub fn load(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.memory.load(offset, buf)
+    }
+
     /// Whose faults are served.
     #[must_use]
     pub fn scope(&self) -> Scope {

@@ -62,6 +62,8 @@ struct Piece {
 const PIECE: usize = 32 << 10;
 /// How far a sender may be ahead of the link. Beyond that its bytes stay in its own buffers, as with a real one.
 const AHEAD: Duration = Duration::from_millis(1);
+/// How late a reader may be without wasting what the link could have carried: the burst of a token bucket.
+const LATE: Duration = Duration::from_millis(4);
 /// What a socket here takes in before the link does; more would let what is urgent wait behind it.
 const BUFFER: usize = 512 << 10;
 /// Pieces under way in a direction of a connection: with the smallest ones, too, more than a round trip's worth.
@@ -180,13 +182,15 @@ impl Direction {
 
     /// When the last of these bytes has left.
     fn send(&self, count: usize, leaves: Instant) -> Instant {
+        let now = Instant::now();
         let mut free = locked(&self.free);
-        let begins = (*free).max(Instant::now());
+        // A reader that comes late, because the machine does other things, has lost no time on the link.
+        let begins = (*free).max(now.checked_sub(LATE).unwrap_or(now));
         #[expect(clippy::cast_precision_loss, reason = "a piece is small")]
         let takes = Duration::from_secs_f64(count as f64 / self.shape.rate);
         *free = begins + takes;
         // A connection that is not there yet holds up nobody else.
-        (*free).max(leaves + takes)
+        (*free).max(leaves + takes).max(now)
     }
 }
 

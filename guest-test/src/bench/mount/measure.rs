@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use memferry::backend::MemoryStorage;
 use memferry::chunk::Storage;
 
+use super::faults::{self, Faults, Processors};
 use super::link::Shape;
 use super::options::{FrontEnd, Way};
 use super::pattern::Pattern;
@@ -75,6 +76,12 @@ impl Bench {
             read,
             write,
         })
+    }
+
+    /// First accesses through a slice beside the least that one can cost.
+    pub(super) fn faults(&self, count: u64, processors: Processors) -> Result<Faults> {
+        let source: Arc<dyn Storage> = Arc::clone(&self.source) as _;
+        faults::measure(&source, self.pattern, count, processors)
     }
 
     /// How long opening takes, and the first access to a page, in milliseconds.

@@ -6,6 +6,7 @@
 //!                         └──▶ plain TCP, to compare with
 //! ```
 
+mod faults;
 mod goals;
 mod link;
 mod measure;
@@ -21,6 +22,7 @@ use serde_json::json;
 use super::Outcome;
 use super::goal::Goal;
 use crate::interrupt;
+use faults::{Faults, Processors};
 use measure::{Bench, Sample};
 use options::Plan;
 pub use options::{FrontEnd, MountOptions, Way};
@@ -65,7 +67,33 @@ pub fn run(options: &MountOptions) -> Result<Outcome> {
             }
         }
     }
+    for processors in [Processors::One, Processors::All] {
+        let faults = bench.faults(plan.faults, processors).context("faults")?;
+        told_faults(processors, &faults, options.json);
+        results.add_faults(processors, faults);
+    }
     Ok(conclude(options, &plan, &results))
+}
+
+fn told_faults(processors: Processors, faults: &Faults, json: bool) {
+    let of =
+        |values: &[f64], percent| results::percentile(values, percent).unwrap_or_default() * 1e3;
+    let (bare, slice) = (&faults.bare, &faults.slice);
+    eprintln!(
+        "a fault, {processors}: bare loop p50 {:.1} µs, p99 {:.1} µs; slice p50 {:.1} µs, p99 {:.1} µs",
+        of(bare, 50.0),
+        of(bare, 99.0),
+        of(slice, 50.0),
+        of(slice, 99.0)
+    );
+    if json {
+        let line = json!({
+            "faults": processors.to_string(), "verified": true,
+            "bare_us": { "p50": of(bare, 50.0), "p99": of(bare, 99.0) },
+            "slice_us": { "p50": of(slice, 50.0), "p99": of(slice, 99.0) },
+        });
+        println!("{line}");
+    }
 }
 
 fn told(run: u32, cell: Cell, sample: &Sample, json: bool) {

@@ -1,6 +1,7 @@
 //! What a user may choose, and what follows from it.
 
 use std::fmt;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
@@ -12,6 +13,8 @@ use clap::{Args, ValueEnum};
 pub enum Way {
     /// Every request goes to the server
     Direct,
+    /// What was read stays here, and what is read next is fetched before
+    Managed,
 }
 
 /// How a program sees it.
@@ -20,12 +23,25 @@ pub enum Way {
 pub enum FrontEnd {
     /// A file of a FUSE file system
     Fuse,
+    /// Memory of the program's own
+    Uffd,
+}
+
+impl FrontEnd {
+    /// Those that this machine has.
+    fn here() -> Vec<Self> {
+        let device = |path| Path::new(path).exists();
+        let mut here = vec![Self::Uffd];
+        here.extend(device("/dev/fuse").then_some(Self::Fuse));
+        here
+    }
 }
 
 impl fmt::Display for Way {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Direct => "direct",
+            Self::Managed => "managed",
         })
     }
 }
@@ -34,6 +50,7 @@ impl fmt::Display for FrontEnd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Fuse => "fuse",
+            Self::Uffd => "uffd",
         })
     }
 }
@@ -87,6 +104,8 @@ pub(super) struct Plan {
     pub(super) front_ends: Vec<FrontEnd>,
     /// First accesses for their latency, in each run.
     pub(super) touches: u64,
+    /// Faults in each comparison with a bare loop.
+    pub(super) faults: u64,
 }
 
 impl Plan {
@@ -116,12 +135,13 @@ impl Plan {
             rate,
             size: size << 20,
             limit: Duration::from_secs(options.limit),
-            ways: options.ways.clone().unwrap_or_else(|| vec![Way::Direct]),
-            front_ends: options
-                .front_ends
+            ways: options
+                .ways
                 .clone()
-                .unwrap_or_else(|| vec![FrontEnd::Fuse]),
+                .unwrap_or_else(|| vec![Way::Direct, Way::Managed]),
+            front_ends: options.front_ends.clone().unwrap_or_else(FrontEnd::here),
             touches: if quick { 16 } else { 32 },
+            faults: if quick { 500 } else { 4000 },
         })
     }
 }

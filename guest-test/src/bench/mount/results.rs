@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::{self, Write};
 use std::time::Duration;
 
+use super::faults::{Faults, Processors};
 use super::link::Shape;
 use super::measure::Sample;
 use super::options::{FrontEnd, Way};
@@ -32,6 +33,7 @@ pub(super) struct Results {
     samples: BTreeMap<Cell, Vec<Sample>>,
     /// Of plain TCP, in MB a second.
     plain: BTreeMap<Distance, Vec<f64>>,
+    faults: BTreeMap<Processors, Faults>,
 }
 
 /// A line of the table: its title, decimals, and values.
@@ -95,15 +97,20 @@ impl Results {
         self.plain.entry(distance).or_default().push(rate);
     }
 
+    pub(super) fn add_faults(&mut self, processors: Processors, faults: Faults) {
+        self.faults.insert(processors, faults);
+    }
+
+    /// What a fault costs through a slice, in units of what it costs a bare loop.
+    pub(super) fn fault_ratio(&self, processors: Processors, percent: f64) -> Option<f64> {
+        let faults = self.faults.get(&processors)?;
+        Some(percentile(&faults.slice, percent)? / percentile(&faults.bare, percent)?)
+    }
+
     /// The median of a figure.
     pub(super) fn median(&self, cell: Cell, of: fn(&Sample) -> f64) -> Option<f64> {
         let samples = self.samples.get(&cell)?;
         Some(Spread::of(samples.iter().map(of))?.median)
-    }
-
-    /// The median of plain TCP.
-    pub(super) fn plain(&self, distance: Distance) -> Option<f64> {
-        Some(Spread::of(self.plain.get(&distance)?.iter().copied())?.median)
     }
 
     /// A block a figure: a line a way and front end, a column a distance.

@@ -4,6 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,8 @@ use memferry::backend::MemoryStorage;
 use memferry::backend::nbd::{NbdUrl, Remote, RemoteOptions};
 use memferry::chunk::Storage;
 use memferry::frontend::nbd::{Export, Listener, Server, ServerOptions};
-use memferry::frontend::{FuseFile, FuseOptions};
+use memferry::frontend::{FuseFile, FuseOptions, Slice, SliceOptions};
+use memferry::mount::{Managed, ManagedOptions};
 use tempfile::TempDir;
 
 use super::link::{Link, Shape};
@@ -90,49 +92,105 @@ impl Drop for Far {
 /// A region that is mounted here.
 #[derive(Debug)]
 pub(super) struct Mounted {
-    file: File,
-    front_end: FuseFile,
-    _place: TempDir,
+    front_end: Front,
+    managed: Option<Arc<Managed>>,
 }
 
+/// How the program sees it; what is a file is opened as programs do.
+#[derive(Debug)]
+enum Front {
+    Fuse {
+        file: File,
+        mount: FuseFile,
+        _place: TempDir,
+    },
+    Uffd(Slice),
+}
+
+/// For what was written and did not leave yet.
+const CLOSE_LIMIT: Duration = Duration::from_secs(60);
+
 impl Mounted {
-    /// Opens all of it: the connection, the mount, the file.
+    /// Opens all of it: the connection, the mount, the file. Everything is as it is without options.
     pub(super) fn open(far: &Far, way: Way, front_end: FrontEnd) -> Result<Self> {
-        let storage: Arc<dyn Storage> = match way {
-            Way::Direct => Arc::new(far.connect()?),
+        let remote: Arc<dyn Storage> = Arc::new(far.connect()?);
+        let managed = match way {
+            Way::Direct => None,
+            Way::Managed => {
+                let local = Arc::new(MemoryStorage::new(remote.len()));
+                let remote = Arc::clone(&remote);
+                let options = ManagedOptions::default();
+                Some(Arc::new(Managed::open(remote, local, &options)?))
+            }
         };
-        let place = tempfile::tempdir()?;
-        let front_end = match front_end {
-            FrontEnd::Fuse => FuseFile::mount(storage, place.path(), &FuseOptions::default())?,
+        let storage = match &managed {
+            None => remote,
+            Some(managed) => Arc::clone(managed) as _,
         };
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(front_end.path())
-            .with_context(|| front_end.path().display().to_string())?;
         Ok(Self {
-            file,
-            front_end,
-            _place: place,
+            front_end: Front::open(storage, front_end)?,
+            managed,
         })
     }
 
     pub(super) fn read(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.file.read_exact_at(buf, offset)
+        match &self.front_end {
+            Front::Fuse { file, .. } => file.read_exact_at(buf, offset),
+            Front::Uffd(slice) => slice.load(buf, offset),
+        }
     }
 
     pub(super) fn write(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        self.file.write_all_at(buf, offset)
+        match &self.front_end {
+            Front::Fuse { file, .. } => file.write_all_at(buf, offset),
+            Front::Uffd(slice) => slice.write_all_at(buf, offset),
+        }
     }
 
     /// Returns when the server has everything.
     pub(super) fn sync(&self) -> io::Result<()> {
-        self.file.sync_all()
+        match &self.front_end {
+            Front::Fuse { file, .. } => file.sync_all(),
+            Front::Uffd(slice) => slice.sync(),
+        }
     }
 
     pub(super) fn close(self) -> Result<()> {
-        drop(self.file);
-        self.front_end.unmount()?;
+        match self.front_end {
+            Front::Fuse { file, mount, .. } => {
+                drop(file);
+                mount.unmount()?;
+            }
+            Front::Uffd(slice) => drop(slice),
+        }
+        if let Some(managed) = self.managed {
+            managed.close(CLOSE_LIMIT)?;
+        }
         Ok(())
     }
+}
+
+impl Front {
+    fn open(storage: Arc<dyn Storage>, front_end: FrontEnd) -> Result<Self> {
+        match front_end {
+            FrontEnd::Fuse => {
+                let place = tempfile::tempdir()?;
+                let mount = FuseFile::mount(storage, place.path(), &FuseOptions::default())?;
+                Ok(Self::Fuse {
+                    file: opened(mount.path())?,
+                    mount,
+                    _place: place,
+                })
+            }
+            FrontEnd::Uffd => Ok(Self::Uffd(Slice::new(storage, &SliceOptions::default())?)),
+        }
+    }
+}
+
+fn opened(path: &Path) -> Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(path)
+        .with_context(|| path.display().to_string())
 }
