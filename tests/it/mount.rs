@@ -21,6 +21,7 @@ fn check(arguments: &[&str], code: i32, says: &str) {
 fn arguments_that_contradict_each_other_are_refused() {
     check(&["nbd://h/"], 2, "PATH");
     check(&["http://h/", "x"], 2, "nbd://");
+    check(&["nbd://h/", "x", "--nbd"], 2, "--nbd");
     check(&["nbd://h/", "x", "--direct", "--no-pull"], 2, "--direct");
     check(
         &["nbd://h/", "x", "--chunk-size", "5000"],

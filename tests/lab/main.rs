@@ -2,4 +2,5 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic, helpers too")]
 
 mod kernel;
+mod mount;
 mod nbd_device;

@@ -10,6 +10,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use memferry::migrate::{PostCopy, Verify};
 use memferry::transport::{Pairing, PairingError};
 
+#[cfg(feature = "nbd-device")]
+use crate::device::Device;
 use crate::list::List;
 use crate::mount::Mount;
 use crate::serve::Serve;
@@ -29,8 +31,12 @@ pub(crate) enum Command {
     Qemu(QemuCommand),
     /// Serve a file, a folder or memory as a network block device
     Serve(Serve),
-    /// Mount a region of a server of network block devices as a file
+    /// Mount a region of a server of network block devices as a file or a block device
     Mount(Box<Mount>),
+    /// Look at the network block devices of this machine, and free those that were left behind
+    #[cfg(feature = "nbd-device")]
+    #[command(subcommand)]
+    Device(Device),
     /// List what a server of network block devices has
     List(List),
     /// Measure memferry side by side with what it has to beat, for example `memferry bench qemu`

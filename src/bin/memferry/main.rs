@@ -2,6 +2,8 @@
 
 mod args;
 mod bench;
+#[cfg(feature = "nbd-device")]
+mod device;
 mod exit;
 mod list;
 mod mount;
@@ -30,6 +32,11 @@ fn main() -> std::process::ExitCode {
         Command::Serve(serve) => (serve.json, serve::run(&serve, Output::new(serve.json))),
         Command::List(list) => (list.json, list::run(&list, Output::new(list.json))),
         Command::Mount(mount) => (mount.json, mount::run(&mount, Output::new(mount.json))),
+        #[cfg(feature = "nbd-device")]
+        Command::Device(device) => (
+            device.json(),
+            device::run(&device, Output::new(device.json())),
+        ),
         Command::Bench { arguments } => (false, bench::run(&arguments)),
     };
     exit::report(result, json)

@@ -31,7 +31,7 @@ pub(crate) use region::{Lost, Unsaved};
 const LOOK: Duration = Duration::from_millis(100);
 
 const HELP: &str = "\
-The region is a file at PATH until Ctrl-C, SIGTERM or `umount` ends it: then what was written is saved and \
+The region is a file at PATH, or with --nbd a block device, until Ctrl-C, SIGTERM or `umount` ends it: then what was written is saved and \
 the mount taken away. A second signal forces it, and says what is lost.
 
 Without --direct the mount is managed: what is read once is kept here, the rest is fetched meanwhile, and what is written is kept here and \
@@ -47,8 +47,11 @@ pub(crate) struct Mount {
     #[arg(value_name = "URL")]
     url: NbdUrl,
     /// Where: a file, which is made if it is not there, or a folder, which will have one file in it
-    #[arg(value_name = "PATH", required_unless_present = "exec")]
+    #[arg(value_name = "PATH", required_unless_present_any = ["nbd", "exec"], conflicts_with = "nbd")]
     path: Option<PathBuf>,
+    /// As a block device of this machine, whose path is printed
+    #[arg(long)]
+    nbd: bool,
     /// Run a program with the mount, unmount when it ends, and exit as it did; `{}` in its arguments and `MEMFERRY_PATH` in its environment
     /// are the path. Goes last
     #[arg(long, value_name = "PROGRAM", num_args = 1.., allow_hyphen_values = true)]

@@ -18,6 +18,11 @@ pub(super) enum Place {
         /// Dropped last, so after it was unmounted.
         _made: Made,
     },
+    #[cfg(feature = "nbd-device")]
+    Device(
+        Box<std::sync::Mutex<memferry::frontend::nbd::Device>>,
+        PathBuf,
+    ),
 }
 
 /// What was made to mount on, removed when it is dropped.
@@ -50,6 +55,9 @@ pub(super) enum Held {
 
 impl Place {
     pub(super) fn mount(args: &Mount, region: &Region) -> anyhow::Result<Self> {
+        if args.nbd {
+            return device(args, region);
+        }
         file(args, region)
     }
 
@@ -57,6 +65,8 @@ impl Place {
         match self {
             #[cfg(feature = "fuse")]
             Self::File { file, .. } => file.path(),
+            #[cfg(feature = "nbd-device")]
+            Self::Device(_, path) => path,
         }
     }
 
@@ -65,6 +75,8 @@ impl Place {
         match self {
             #[cfg(feature = "fuse")]
             Self::File { file, .. } => file.has_ended(),
+            #[cfg(feature = "nbd-device")]
+            Self::Device(..) => false,
         }
     }
 
@@ -73,6 +85,20 @@ impl Place {
         match self {
             #[cfg(feature = "fuse")]
             Self::File { file, root, .. } => unmount_file(file, root),
+            #[cfg(feature = "nbd-device")]
+            Self::Device(device, _) => {
+                use memferry::frontend::nbd::DetachError;
+                // Longer than udev looks at it; whoever else uses it is told of in between.
+                let limit = std::time::Duration::from_secs(2);
+                let mut device = device
+                    .lock()
+                    .unwrap_or_else(std::sync::PoisonError::into_inner);
+                match device.detach(limit) {
+                    Ok(()) | Err(DetachError::Detached { .. }) => Ok(()),
+                    Err(error @ DetachError::Busy { .. }) => Err(Held::Busy(error.to_string())),
+                    Err(error) => Err(Held::Failed(error.into())),
+                }
+            }
         }
     }
 
@@ -84,6 +110,9 @@ impl Place {
                 // What cannot be detached is aborted when it is dropped.
                 let _ = file.detach();
             }
+            // It is disconnected when it is dropped.
+            #[cfg(feature = "nbd-device")]
+            Self::Device(..) => {}
         }
     }
 }
@@ -206,5 +235,26 @@ fn absolute(at: &Path) -> PathBuf {
 fn file(_: &Mount, _: &Region) -> anyhow::Result<Place> {
     anyhow::bail!(
         "this program was built without FUSE: build it with the feature `fuse`, or use --nbd"
+    )
+}
+
+#[cfg(feature = "nbd-device")]
+fn device(args: &Mount, region: &Region) -> anyhow::Result<Place> {
+    use memferry::frontend::nbd::{Device, DeviceOptions};
+    let options = DeviceOptions {
+        read_only: region.is_read_only(),
+        // The storage's own error comes before.
+        timeout: args.deadline * 2,
+        ..DeviceOptions::default()
+    };
+    let device = Device::attach(region.storage(), &options)?;
+    let path = device.path().to_owned();
+    Ok(Place::Device(Box::new(std::sync::Mutex::new(device)), path))
+}
+
+#[cfg(not(feature = "nbd-device"))]
+fn device(_: &Mount, _: &Region) -> anyhow::Result<Place> {
+    anyhow::bail!(
+        "this program was built without block devices: build it with the feature `nbd-device`"
     )
 }
