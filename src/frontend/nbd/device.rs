@@ -80,6 +80,8 @@ impl Device {
     pub fn attach(storage: Arc<dyn Storage>, options: &DeviceOptions) -> Result<Self, AttachError> {
         let workers = Workers::new(&WorkerOptions {
             limit: options.limit(),
+            in_flight: IN_FLIGHT,
+            in_flight_each: IN_FLIGHT / 2,
             on_start: Some(Arc::new(|| {
                 // Without the right to, the device works as long as there is memory.
                 let _permitted = become_io_flusher();
@@ -327,6 +329,10 @@ impl AsFd for Device {
         self.file().as_fd()
     }
 }
+
+/// What is held of requests at most: the kernel sends up to 128 at once over each connection, and what they are held in has to be there when memory is
+/// short.
+const IN_FLIGHT: u64 = 64 << 20;
 
 /// How long dropping a device tries to disconnect it.
 const LAST: Duration = Duration::from_secs(10);

@@ -85,7 +85,7 @@ impl Drop for Small {
 #[ignore = "kernel: needs nbd and memory cgroups"]
 fn a_process_that_dirties_more_than_its_memory_goes_on() {
     let storage = Arc::new(Expecting {
-        len: 256 << 20,
+        len: 640 << 20,
         written: AtomicU64::new(0),
     });
     // A worker for each request, so that what the device asks for while this process waits for memory has to be answered by threads that
@@ -96,7 +96,8 @@ fn a_process_that_dirties_more_than_its_memory_goes_on() {
     )
     .unwrap();
     assert!(device.is_safe_when_memory_is_short());
-    let small = Small::new(24 << 20);
+    let small = Small::new(160 << 20);
+    // What it holds itself, 64 MiB for requests among it, has room; what it writes has not.
     let mut bytes = vec![0; 1 << 20];
     let start = Instant::now();
     for offset in (0..storage.len).step_by(bytes.len()) {

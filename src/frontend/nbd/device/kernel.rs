@@ -78,7 +78,7 @@ impl Kernel {
     /// We have it open: from now on it goes when we do.
     pub(super) fn tie_to_us(&mut self) -> io::Result<()> {
         match self {
-            Self::Netlink(device) => device.tie_to_us(),
+            Self::Netlink(device) => device.tie(true),
             // It goes with the thread that runs it.
             Self::Ioctl(_) => Ok(()),
         }
@@ -152,12 +152,12 @@ impl NetlinkDevice {
         })
     }
 
-    fn tie_to_us(&mut self) -> io::Result<()> {
+    fn tie(&mut self, tied: bool) -> io::Result<()> {
         let change = Reconfigure {
             index: self.index,
             identifier: &self.identifier,
             size: None,
-            client_flags: Some(flags(self.remove_node, true)),
+            client_flags: Some(flags(self.remove_node, tied)),
             sockets: &[],
         };
         self.netlink.reconfigure(&change, Instant::now() + SOON)
@@ -176,6 +176,8 @@ impl NetlinkDevice {
 
     fn disconnect(&mut self, deadline: Instant) -> io::Result<()> {
         if self.connected {
+            // The kernel would do it once more on the last close, and complain that the sockets are gone. If this is refused, it does.
+            let _untied = self.tie(false);
             self.netlink.disconnect(self.index, deadline)?;
             self.connected = false;
         }
