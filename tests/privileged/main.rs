@@ -7,5 +7,7 @@ mod attach;
 mod fuse;
 #[cfg(feature = "fuse")]
 mod mount;
+#[cfg(feature = "fuse")]
+mod storages;
 mod trackers;
 mod victim;
