@@ -23,10 +23,18 @@ impl Random {
         self.next().checked_rem(limit).unwrap_or(0)
     }
 
-    /// Fills `bytes`.
+    /// Fills `bytes`, over and over with the same ones. How many these are divides no chunk, so bytes that were put into the
+    /// wrong place differ.
     pub(crate) fn fill(&mut self, bytes: &mut [u8]) {
-        for part in bytes.chunks_mut(8) {
+        const PERIOD: usize = 1009;
+        let mut done = bytes.len().min(PERIOD);
+        for part in bytes[..done].chunks_mut(8) {
             part.copy_from_slice(&self.next().to_le_bytes()[..part.len()]);
+        }
+        while done < bytes.len() {
+            let more = done.min(bytes.len() - done);
+            bytes.copy_within(..more, done);
+            done += more;
         }
     }
 }

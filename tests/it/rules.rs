@@ -9,7 +9,7 @@
 //! | what fails, fails the operation that asked | each layer's tests with `chunk::Faulty` |
 //! | any size works, also one below a chunk | `chunk::conformance` |
 //! | progress counts states | `chunk::residency` |
-//! | a dirty set of millions of chunks exceeds no limit | `migrate-proto` |
+//! | a dirty set of millions of chunks exceeds no limit | here, and `migrate-proto` for any set |
 //! | a device is claimed, and released on every way out | the lab |
 //! | a length of a peer's is checked before anything is allocated | `nbd`, `migrate-proto`, and their fuzzers |
 //! | nobody waits for ever | here, and wherever there is a deadline |
@@ -23,10 +23,12 @@ use std::time::{Duration, Instant};
 use memferry::backend::MemoryStorage;
 use memferry::chunk::conformance::MapStore;
 use memferry::chunk::{
-    ChunkIndex, ChunkRun, ChunkSize, ChunkState, ChunkStore, Chunked, Cow, Fault, Faults, Faulty,
-    FaultyStore, Gate, Operation, Storage, Synced,
+    ChunkBitmap, ChunkIndex, ChunkRun, ChunkSize, ChunkState, ChunkStore, Chunked, Cow, Fault,
+    Faults, Faulty, FaultyStore, Gate, Operation, Storage, Synced,
 };
 use memferry::dirty::{DirtyTracker, Tracked};
+use migrate_proto::limits::MAX_BODY;
+use migrate_proto::{DirtyPage, Message};
 
 const PAGE: u64 = 4096;
 const LONG: Duration = Duration::from_secs(30);
@@ -224,7 +226,7 @@ fn a_chunk_that_is_dirty_and_not_yet_pulled_is_counted_once() {
         || residency.chunks() - residency.count(residency.all_chunks(), ChunkState::Resident);
     region.read_exact_at(&mut [0; 4096 * 4], 0).unwrap();
     assert_eq!(left(), 6);
-    let mut dirty = memferry::chunk::ChunkBitmap::empty(10);
+    let mut dirty = ChunkBitmap::empty(10);
     dirty.insert_run(ChunkRun::new(2, 6));
     residency
         .mark_remote(&dirty, Instant::now() + LONG)
@@ -236,6 +238,28 @@ fn a_chunk_that_is_dirty_and_not_yet_pulled_is_counted_once() {
     );
     region.read_exact_at(&mut [0; 10 * 4096], 0).unwrap();
     assert_eq!(left(), 0);
+}
+
+/// In r3map a dirty set was a list of numbers in one message, which a few gigabytes of dirty memory made too long, when
+/// the subject was suspended already.
+#[test]
+fn a_dirty_set_of_millions_of_chunks_exceeds_no_message_limit() {
+    const CHUNKS: u64 = 8 << 20;
+    let tracked = Tracked::new(memory(CHUNKS * PAGE), ChunkSize::PAGE);
+    tracked.start().unwrap();
+    let mut dirty = ChunkBitmap::empty(CHUNKS);
+    for word in 0..usize::try_from(CHUNKS / 64).unwrap() {
+        // Neither runs nor full pages: nothing makes it shorter.
+        dirty.set_word(word, 0x5AA5_9669_A55A_6996);
+    }
+    tracked.restore(&dirty).unwrap();
+    let taken = tracked.take().unwrap();
+    assert!(taken == dirty);
+    for message in Message::dirty(1, DirtyPage::pages_of(&taken)) {
+        let mut body = Vec::new();
+        message.encode(&mut body);
+        assert!(body.len() <= usize::try_from(MAX_BODY).unwrap());
+    }
 }
 
 /// In r3map two writes of parts of one chunk, which it read, changed and wrote, were one after the other only by luck;
