@@ -7,6 +7,7 @@ mod attach;
 mod fuse;
 #[cfg(feature = "fuse")]
 mod mount;
+mod slice;
 #[cfg(feature = "fuse")]
 mod storages;
 mod trackers;

@@ -172,6 +172,9 @@ extern "C" fn instead_of_main() {
         let counter = Counter(unsafe { OwnedFd::from_raw_fd(fd) }.into());
         be_a_victim(&kind, &counter);
     }
+    if let Ok(role) = std::env::var(crate::slice::ROLE) {
+        crate::slice::play(&role);
+    }
     #[cfg(feature = "fuse")]
     if let Some(at) = std::env::var_os(crate::fuse::MOUNT_AT) {
         crate::fuse::serve_until_killed(at.as_ref());
