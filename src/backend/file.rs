@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 
 use rustix::fs::{FallocateFlags, SeekFrom};
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
 use crate::chunk::{Storage, write_zeros};
 use crate::sys::mapping::page_size;
@@ -101,6 +101,20 @@ impl FileStorage {
         }
     }
 
+    /// Whether the page cache has the first and the last byte of `range`. It reads ahead and gives up in larger pieces, so that is as good
+    /// as all of a small range.
+    fn is_cached(&self, range: Range<u64>) -> bool {
+        let has = |offset| {
+            let mut byte = [0];
+            let mut bytes = [io::IoSliceMut::new(&mut byte)];
+            matches!(
+                preadv2(&self.file, &mut bytes, offset, ReadWriteFlags::NOWAIT),
+                Ok(1)
+            )
+        };
+        !range.is_empty() && has(range.start) && has(range.end - 1)
+    }
+
     fn check(&self, offset: u64, len: u64) -> io::Result<()> {
         match offset.checked_add(len) {
             Some(end) if end <= self.len => Ok(()),
@@ -156,8 +170,8 @@ impl Storage for FileStorage {
         Ok(ranges)
     }
 
-    fn is_at_hand(&self, _range: Range<u64>) -> bool {
-        self.in_memory
+    fn is_at_hand(&self, range: Range<u64>) -> bool {
+        self.in_memory || self.is_cached(range)
     }
 }
 
@@ -284,6 +298,15 @@ mod tests {
         storage.write_all_at(&[1], (1 << 40) - 1).unwrap();
         let ranges = storage.data_ranges(0..storage.len()).unwrap();
         assert_eq!((ranges.len(), ranges[0].start), (1, (1 << 40) - 4096));
+    }
+
+    #[test]
+    fn what_the_page_cache_has_is_at_hand() {
+        for storage in files(1 << 20) {
+            storage.write_all_at(&[1; 8192], 4096).unwrap();
+            assert!(storage.is_at_hand(4096..12288));
+            assert!(!storage.is_at_hand(4096..(1 << 20) + 1) || storage.in_memory);
+        }
     }
 
     #[test]
