@@ -236,6 +236,7 @@ impl Drop for Buffer {
     }
 }
 
+#[cfg(not(loom))]
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -3,12 +3,13 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use super::budget::{Budget, Buffers};
 use super::overdue::Watch;
+use crate::chunk::sync::{Condvar, Mutex, MutexGuard};
 use crate::nbd::limits;
 
 /// How many threads, and how much memory.
@@ -157,34 +158,51 @@ impl Queue {
     }
 
     fn push(self: &Arc<Self>, job: Job) -> Result<(), Job> {
+        if !self.add(job) {
+            return Ok(());
+        }
+        let queue = Arc::clone(self);
+        let started = thread::Builder::new()
+            .name("nbd-worker".into())
+            .spawn(move || queue.work());
+        if started.is_ok() {
+            return Ok(());
+        }
         let mut state = self.lock();
-        state.jobs.push_back(job);
-        if state.jobs.len() > state.idle && state.threads < self.most {
-            state.threads += 1;
-            drop(state);
-            let queue = Arc::clone(self);
-            let started = thread::Builder::new()
-                .name("nbd-worker".into())
-                .spawn(move || queue.work());
-            if started.is_ok() {
-                return Ok(());
-            }
-            state = self.lock();
-            state.threads -= 1;
-            if state.threads == 0 {
-                // Nobody else will do it. It need not be this one; any that waits is as good.
-                return state.jobs.pop_front().map_or(Ok(()), Err);
-            }
+        state.threads -= 1;
+        if state.threads == 0 {
+            // Nobody else will do it. It need not be this one; any that waits is as good.
+            return state.jobs.pop_front().map_or(Ok(()), Err);
         }
         drop(state);
         self.work.notify_one();
         Ok(())
     }
 
+    /// Whether another thread has to be started for it, which is counted already.
+    fn add(&self, job: Job) -> bool {
+        let mut state = self.lock();
+        state.jobs.push_back(job);
+        let more = state.jobs.len() > state.idle && state.threads < self.most;
+        if more {
+            state.threads += 1;
+        }
+        drop(state);
+        if !more {
+            self.work.notify_one();
+        }
+        more
+    }
+
     fn work(self: Arc<Self>) {
         if let Some(on_start) = &self.on_start.0 {
             on_start();
         }
+        self.attend();
+    }
+
+    /// Does jobs until there are none for a while.
+    fn attend(&self) {
         let mut state = self.lock();
         loop {
             if let Some(job) = state.jobs.pop_front() {
@@ -212,6 +230,7 @@ impl Queue {
     }
 }
 
+#[cfg(not(loom))]
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -304,5 +323,79 @@ mod tests {
             assert!(Instant::now() < end);
             thread::yield_now();
         }
+    }
+}
+
+/// Every interleaving. A wake-up that is lost is a deadlock, which loom reports.
+#[cfg(loom)]
+#[cfg(test)]
+mod loom_models {
+    use super::*;
+    use loom::sync::Arc as LoomArc;
+    use loom::sync::Notify;
+
+    fn queue(threads: usize) -> LoomArc<Queue> {
+        let queue = Queue {
+            state: Mutex::new(State::default()),
+            work: Condvar::new(),
+            most: threads,
+            on_start: OnStart(None),
+        };
+        // Threads of the model's, so that none is started.
+        queue.lock().threads = threads;
+        LoomArc::new(queue)
+    }
+
+    fn end(queue: &Queue) {
+        queue.lock().over = true;
+        queue.work.notify_all();
+    }
+
+    #[test]
+    fn loom_a_job_never_waits_for_one_before_it_while_a_thread_is_idle() {
+        loom::model(|| {
+            let queue = queue(2);
+            let threads: Vec<_> = (0..2)
+                .map(|_| {
+                    let queue = LoomArc::clone(&queue);
+                    loom::thread::spawn(move || queue.attend())
+                })
+                .collect();
+            let second = LoomArc::new(Notify::new());
+            let wait = LoomArc::clone(&second);
+            assert!(!queue.add(Box::new(move || wait.wait())));
+            assert!(!queue.add(Box::new(move || second.notify())));
+            end(&queue);
+            for thread in threads {
+                thread.join().unwrap();
+            }
+            assert!(queue.lock().jobs.is_empty());
+        });
+    }
+
+    #[test]
+    fn loom_jobs_of_two_clients_are_all_done() {
+        loom::model(|| {
+            let queue = queue(1);
+            let worker = {
+                let queue = LoomArc::clone(&queue);
+                loom::thread::spawn(move || queue.attend())
+            };
+            let done: Vec<_> = (0..2).map(|_| LoomArc::new(Notify::new())).collect();
+            let other = {
+                let (queue, done) = (LoomArc::clone(&queue), LoomArc::clone(&done[0]));
+                loom::thread::spawn(move || {
+                    assert!(!queue.add(Box::new(move || done.notify())));
+                })
+            };
+            let mine = LoomArc::clone(&done[1]);
+            assert!(!queue.add(Box::new(move || mine.notify())));
+            for done in done {
+                done.wait();
+            }
+            other.join().unwrap();
+            end(&queue);
+            worker.join().unwrap();
+        });
     }
 }
