@@ -8,6 +8,10 @@ use crate::nbd::{
 };
 
 /// Whether TLS is spoken.
+#[cfg_attr(
+    not(feature = "tls"),
+    expect(dead_code, reason = "nothing but `Off` is without TLS")
+)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Security {
     /// Never.
@@ -293,6 +297,7 @@ fn find<'a>(exports: &'a [Export], name: &str) -> Option<&'a Export> {
     named.or_else(|| exports.first().filter(|_| name.is_empty()))
 }
 
+#[cfg(not(loom))]
 #[cfg(test)]
 mod tests {
     use super::*;
