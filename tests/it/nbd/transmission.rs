@@ -10,6 +10,8 @@ use memferry::nbd::{
     OptionReply, encode_status_payload,
 };
 
+use proptest::prelude::*;
+
 use super::client::{Client, SIZE, flagged, memory, request, server, server_of};
 
 #[test]
@@ -303,4 +305,60 @@ fn a_flush_and_fua_reach_the_storage_on_whichever_connection() {
     assert_eq!(flushes.load(Ordering::Relaxed), 3);
     // Bytes that are not durable never pass for it.
     assert_eq!(one.error(&fua(Command::Write), &[1]), Some(Errno::NoSpc));
+}
+
+/// What one step of [`the_device_is_an_array_of_bytes`] does.
+#[derive(Debug, Clone)]
+enum Step {
+    Write(u64, u64, u8),
+    Zero(u64, u64, bool),
+    Read(u64, u64),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    // Of both sides of what is done by the thread that reads, and often over the same bytes.
+    let place = (0..SIZE, prop_oneof![0..600_u64, 0..300_000_u64])
+        .prop_map(|(offset, len)| (offset % (SIZE / 2), len.min(SIZE / 2)));
+    (place, any::<u8>(), 0..4_u8).prop_map(|((offset, len), byte, which)| match which {
+        0 => Step::Zero(offset, len, byte % 2 == 0),
+        1 => Step::Write(offset, len, byte),
+        _ => Step::Read(offset, len),
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn the_device_is_an_array_of_bytes(
+        steps in proptest::collection::vec(step(), 1..24),
+        structured in any::<bool>(),
+    ) {
+        let server = server();
+        let mut client = if structured { Client::structured(&server) } else { Client::simple(&server) };
+        let mut bytes = vec![0; usize::try_from(SIZE).unwrap()];
+        for step in steps {
+            let at = |offset: u64, len: u64| usize::try_from(offset).unwrap()..usize::try_from(offset + len).unwrap();
+            match step {
+                Step::Write(offset, len, byte) => {
+                    bytes[at(offset, len)].fill(byte);
+                    let payload = &bytes[at(offset, len)];
+                    prop_assert_eq!(client.error(&request(Command::Write, offset, len), payload), None);
+                }
+                Step::Zero(offset, len, trim) => {
+                    bytes[at(offset, len)].fill(0);
+                    let command = if trim { Command::Trim } else { Command::WriteZeroes };
+                    prop_assert_eq!(client.error(&request(command, offset, len), &[]), None);
+                }
+                Step::Read(offset, len) => {
+                    let answer = client.run(&request(Command::Read, offset, len), &[]);
+                    prop_assert_eq!(answer.error, None);
+                    if len > 0 {
+                        let read = answer.data(offset, usize::try_from(len).unwrap());
+                        prop_assert!(read == bytes[at(offset, len)]);
+                    }
+                }
+            }
+        }
+    }
 }
