@@ -11,6 +11,9 @@ use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, recv, sen
 #[cfg(feature = "tls")]
 use super::tls::TlsStream;
 
+/// So many bytes of replies may wait in a socket that is not TCP's, which sizes itself.
+const SEND_BUFFER: usize = 4 << 20;
+
 /// A connected socket. One thread reads, another may write at the same time.
 #[derive(Debug)]
 pub(super) struct Channel {
@@ -29,6 +32,10 @@ impl Channel {
             sockopt::set_tcp_keepidle(&socket, Duration::from_secs(30))?;
             sockopt::set_tcp_keepintvl(&socket, Duration::from_secs(10))?;
             sockopt::set_tcp_keepcnt(&socket, 3)?;
+        } else {
+            // Any other socket holds what it is made with, and each time it is full somebody has to be woken. The kernel cuts
+            // this to what it allows, which is more than what it begins with.
+            sockopt::set_socket_send_buffer_size(&socket, SEND_BUFFER)?;
         }
         // Deadlines are kept by polling; a socket that is given may have been used otherwise before.
         rustix::io::ioctl_fionbio(&socket, false)?;

@@ -61,13 +61,14 @@ pub fn serve_transmission(
 /// Bytes that have come and were not looked at.
 #[derive(Debug, Default)]
 pub(super) struct Received {
-    bytes: Vec<u8>,
+    room: Vec<u8>,
     at: usize,
+    end: usize,
 }
 
 impl Received {
     pub(super) fn bytes(&self) -> &[u8] {
-        &self.bytes[self.at..]
+        &self.room[self.at..self.end]
     }
 
     pub(super) fn skip(&mut self, len: usize) {
@@ -81,21 +82,23 @@ impl Received {
         Some(array)
     }
 
-    /// Waits for more; whether any came.
+    /// Waits for more, at most `most`; whether any came.
     pub(super) fn receive(
         &mut self,
         channel: &Channel,
         most: usize,
         deadline: Option<Instant>,
     ) -> io::Result<bool> {
-        self.bytes.drain(..self.at);
-        self.at = 0;
-        let had = self.bytes.len();
-        self.bytes.resize(had + most, 0);
-        let received = channel.recv(&mut self.bytes[had..], deadline);
-        self.bytes
-            .truncate(had + received.as_ref().map_or(0, |read| *read));
-        received.map(|read| read > 0)
+        // What is left is the beginning of something small, if it is anything.
+        self.room.copy_within(self.at..self.end, 0);
+        (self.at, self.end) = (0, self.end - self.at);
+        if self.room.len() < self.end + most {
+            self.room.resize(self.end + most, 0);
+        }
+        let room = &mut self.room[self.end..self.end + most];
+        let received = channel.recv(room, deadline)?;
+        self.end += received;
+        Ok(received > 0)
     }
 }
 
