@@ -7,6 +7,7 @@ use crate::chunk::{ChunkIndex, ChunkSize, Fault, Faults, Faulty, Operation};
 use crate::mount::{ManagedOptions, Priority, Push};
 
 mod model;
+mod together;
 
 const PAGE: u64 = 4096;
 const LONG: Duration = Duration::from_secs(20);
