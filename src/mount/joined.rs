@@ -10,6 +10,8 @@ use super::managed::{CloseError, Managed};
 use crate::backend::nbd::DoubtfulWrites;
 use crate::chunk::Storage;
 use crate::frontend::Slice;
+#[cfg(feature = "nbd-device")]
+use crate::frontend::nbd::{DetachError, Device};
 #[cfg(feature = "fuse")]
 use crate::frontend::{FuseFile, FuseUnmountError};
 
@@ -208,6 +210,27 @@ impl FrontEnd for FuseFile {
             };
             io::Error::new(kind, error)
         })
+    }
+}
+
+#[cfg(feature = "nbd-device")]
+impl FrontEnd for Device {
+    fn sync(&self) -> io::Result<()> {
+        self.sync()
+    }
+
+    fn let_go(&mut self, deadline: Duration) -> io::Result<()> {
+        let detached = self.detach(deadline);
+        let Err(error) = detached else { return Ok(()) };
+        let kind = match &error {
+            // An earlier attempt got as far.
+            DetachError::Detached { .. } => return Ok(()),
+            DetachError::Busy { .. } | DetachError::Lingers { .. } => io::ErrorKind::ResourceBusy,
+            DetachError::Unsaved { source, .. } | DetachError::Disconnect { source, .. } => {
+                source.kind()
+            }
+        };
+        Err(io::Error::new(kind, error))
     }
 }
 
