@@ -44,7 +44,8 @@ pub trait Storage: Debug + Send + Sync {
     /// Returns when everything written before is durable.
     ///
     /// # Errors
-    /// What the medium says; nothing written since the last good flush may be taken as durable then.
+    /// What the medium says; nothing written since the last good flush may be taken as durable then. A loss is told once, as
+    /// the kernel does: a later flush speaks for what was written after this one, so who still has the bytes writes them again.
     fn flush(&self) -> io::Result<()>;
 
     /// The ranges of `within` that may hold anything but zeros, in order, cut to `within` and to the length; what lies between them
