@@ -288,7 +288,7 @@ fn several_sockets_without_a_handshake_share_an_export_and_workers() {
 }
 
 #[test]
-fn a_storage_that_panics_costs_its_client_the_connection_and_nobody_else_anything() {
+fn a_storage_that_panics_or_fails_is_an_error_to_its_client_and_nothing_to_anybody_else() {
     #[derive(Debug)]
     struct Broken(Arc<dyn Storage>);
     impl Storage for Broken {
@@ -311,8 +311,9 @@ fn a_storage_that_panics_costs_its_client_the_connection_and_nobody_else_anythin
     }
     let server = server_of(Export::new("it", Arc::new(Broken(memory()))).unwrap());
     let (mut one, mut other) = (Client::structured(&server), Client::simple(&server));
-    one.request(&request(Command::Read, 666, 1), &[]);
-    assert!(one.is_closed());
+    let read = request(Command::Read, 666, 1);
+    assert_eq!(one.error(&read, &[]), Some(Errno::Io));
+    assert_eq!(one.run(&request(Command::Read, 0, 1), &[]).error, None);
     assert_eq!(other.run(&request(Command::Read, 0, 1), &[]).error, None);
     let write = request(Command::Write, 0, 1);
     assert_eq!(other.error(&write, &[1]), Some(Errno::Io));
