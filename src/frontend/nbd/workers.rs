@@ -351,9 +351,16 @@ mod loom_models {
         queue.work.notify_all();
     }
 
+    /// What is wrong with few threads shows with few switches among them; without a bound it takes minutes.
+    fn model(check: impl Fn() + Sync + Send + 'static) {
+        let mut model = loom::model::Builder::new();
+        model.preemption_bound = Some(2);
+        model.check(check);
+    }
+
     #[test]
     fn loom_a_job_never_waits_for_one_before_it_while_a_thread_is_idle() {
-        loom::model(|| {
+        model(|| {
             let queue = queue(2);
             let threads: Vec<_> = (0..2)
                 .map(|_| {
@@ -375,7 +382,7 @@ mod loom_models {
 
     #[test]
     fn loom_jobs_of_two_clients_are_all_done() {
-        loom::model(|| {
+        model(|| {
             let queue = queue(1);
             let worker = {
                 let queue = LoomArc::clone(&queue);
