@@ -214,20 +214,14 @@ impl Managed {
     }
 
     /// Syncs, lets the user let go, refuses writes and reads of what is not here from then on, and saves what was written last; tries again, if that fails, until `deadline` has
-    /// passed. Once it is closed, closing again does nothing.
+    /// passed. If something is lost, closing again tries to save it again.
     ///
     /// # Errors
     /// [`CloseError::Hook`] if a hook fails: nothing is closed then. [`CloseError::Lost`] with what is not known to be saved; it is closed.
     pub fn close(&self, deadline: Duration) -> Result<(), CloseError> {
         let until = Instant::now() + deadline;
-        if self.writers().closed {
-            return Ok(());
-        }
-        Hooks::call(self.hooks.before_sync.as_ref()).map_err(CloseError::Hook)?;
-        if !std::mem::replace(&mut self.writers().before_close_called, true) {
-            Hooks::call(self.hooks.before_close.as_ref())
-                .inspect_err(|_| self.writers().before_close_called = false)
-                .map_err(CloseError::Hook)?;
+        if !self.writers().closed {
+            self.let_go()?;
         }
         self.pulls.end();
         let drained = self.refuse(until);
@@ -243,6 +237,17 @@ impl Managed {
             ranges: self.pushes.dirty(),
             source,
         })
+    }
+
+    /// Calls the hooks of closing.
+    fn let_go(&self) -> Result<(), CloseError> {
+        Hooks::call(self.hooks.before_sync.as_ref()).map_err(CloseError::Hook)?;
+        if !std::mem::replace(&mut self.writers().before_close_called, true) {
+            Hooks::call(self.hooks.before_close.as_ref())
+                .inspect_err(|_| self.writers().before_close_called = false)
+                .map_err(CloseError::Hook)?;
+        }
+        Ok(())
     }
 
     /// Refuses what begins from now on, and waits for writes that are under way. Says whether they have ended.

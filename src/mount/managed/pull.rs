@@ -54,6 +54,8 @@ struct State {
     last_error: Option<String>,
     /// Goes up with all that comes, for those who wait for progress.
     came: u64,
+    /// How much had come when all was gone through the last time.
+    came_before: u64,
     complete: bool,
     ended: bool,
 }
@@ -83,6 +85,7 @@ impl Pulls {
                 not_before: None,
                 last_error: None,
                 came: 0,
+                came_before: 0,
                 complete: false,
                 ended: false,
             }),
@@ -155,15 +158,17 @@ impl Pulls {
         if self.reads_ahead {
             state.streams.read(range, end, &mut fetch);
         }
-        if fetch.is_empty() && near {
+        let near = fetch.is_empty() && near;
+        if near {
             let start = range.start - range.start % NEARBY;
-            fetch.push(start..start.saturating_add(NEARBY));
+            let around = start.min(end)..start.saturating_add(NEARBY).min(end);
+            state.schedule.come_near(synced.chunks_touched(&around));
         }
         for range in &fetch {
             let run = synced.chunks_touched(&(range.start.min(end)..range.end.min(end)));
             state.schedule.expect(run);
         }
-        if !fetch.is_empty() && state.idle > 0 {
+        if (near || !fetch.is_empty()) && state.idle > 0 {
             self.work.notify_one();
         }
     }
@@ -216,7 +221,9 @@ impl Pulls {
                     state = self.fetch(state, synced, claim, &mut buf);
                 }
                 Next::Again => {
-                    state.schedule.again();
+                    let single = state.came != state.came_before;
+                    state.schedule.again(single);
+                    state.came_before = state.came;
                     let wait = backoff(state.failures);
                     state.not_before = Some(now + wait);
                 }

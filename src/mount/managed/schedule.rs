@@ -15,8 +15,10 @@ const RUNS: usize = 1 << 20;
 pub(super) struct Schedule {
     /// Of chunks that were read in part.
     wanted: VecDeque<ChunkRun>,
-    /// Ahead of readers, and around them.
+    /// Ahead of readers.
     likely: VecDeque<ChunkRun>,
+    /// Around places that were read; the last of them comes first.
+    near: VecDeque<ChunkRun>,
     background: Option<Background>,
 }
 
@@ -27,7 +29,7 @@ struct Background {
     /// The run that is being fetched, and the first of its chunks that may still be remote.
     current: usize,
     next: u64,
-    /// How often all runs have been gone through.
+    /// How often all runs have been gone through, and single pieces were left.
     passes: u32,
 }
 
@@ -49,6 +51,7 @@ impl Schedule {
         Self {
             wanted: VecDeque::new(),
             likely: VecDeque::new(),
+            near: VecDeque::new(),
             background: None,
         }
     }
@@ -74,6 +77,13 @@ impl Schedule {
         wish(&mut self.likely, run);
     }
 
+    /// Chunks around a place that somebody reads.
+    pub(super) fn come_near(&mut self, run: ChunkRun) {
+        if self.near.back() != Some(&run) {
+            wish(&mut self.near, run);
+        }
+    }
+
     /// Claims what is to be fetched next, at most `longest` chunks.
     pub(super) fn next<'a>(&mut self, residency: &'a Residency, longest: u64) -> Next<'a> {
         for wishes in [&mut self.wanted, &mut self.likely] {
@@ -87,16 +97,26 @@ impl Schedule {
                 }
             }
         }
+        while let Some(run) = self.near.pop_back() {
+            if let Some(claim) = residency.claim(run, longest) {
+                let end = claim.run().end();
+                if end < run.end() {
+                    self.near.push_back(ChunkRun::new(end, run.end() - end));
+                }
+                return Next::Fetch(claim);
+            }
+        }
         match &mut self.background {
             Some(background) => background.next(residency, longest),
             None => Next::Nothing,
         }
     }
 
-    /// Begins from the beginning, with smaller pieces, so that one that cannot be fetched holds back few others.
-    pub(super) fn again(&mut self) {
+    /// Begins from the beginning. If single pieces could not be fetched, those are made smaller, so that each holds back few others; not
+    /// if none could.
+    pub(super) fn again(&mut self, single: bool) {
         if let Some(background) = &mut self.background {
-            background.passes += 1;
+            background.passes += u32::from(single);
             background.current = 0;
             background.next = background.runs.first().map_or(0, |run| run.start.0);
         }
@@ -189,6 +209,29 @@ mod tests {
         runs
     }
 
+    fn fetched_first(schedule: &mut Schedule, residency: &Residency) -> u64 {
+        match schedule.next(residency, 64) {
+            Next::Fetch(claim) => claim.run().count,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn what_was_read_last_has_its_neighbours_fetched_first() {
+        let residency = Residency::new(100);
+        let mut schedule = Schedule::new();
+        schedule.come_near(ChunkRun::new(10, 5));
+        schedule.come_near(ChunkRun::new(50, 5));
+        schedule.expect(ChunkRun::new(90, 5));
+        assert_eq!(
+            fetched(&mut schedule, &residency, 5)
+                .iter()
+                .map(|run| run.start.0)
+                .collect::<Vec<_>>(),
+            [90, 50, 10]
+        );
+    }
+
     #[test]
     fn what_is_read_comes_before_what_is_likely_and_that_before_the_rest() {
         let residency = Residency::new(100);
@@ -259,7 +302,9 @@ mod tests {
         assert!(matches!(schedule.next(&residency, 64), Next::Wait));
         drop(claim);
         assert!(matches!(schedule.next(&residency, 64), Next::Again));
-        schedule.again();
+        schedule.again(false);
+        assert_eq!(fetched_first(&mut schedule, &residency), 64);
+        schedule.again(true);
         assert_eq!(fetched(&mut schedule, &residency, 64).len(), 8);
     }
 }

@@ -508,7 +508,13 @@ fn closing_says_what_is_lost_and_does_not_wait_for_ever() {
         let before = Instant::now();
         let error = mount.managed.close(Duration::from_millis(100)).unwrap_err();
         assert!(before.elapsed() < LONG / 2);
+        assert!(
+            mount.managed.close(Duration::from_millis(20)).is_err(),
+            "it is still not saved"
+        );
         mount.remote_faults.clear();
+        mount.managed.close(LONG).unwrap();
+        mount.saved();
         match error {
             CloseError::Lost { ranges, .. } => ranges,
             other => panic!("{other}"),
