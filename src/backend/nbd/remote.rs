@@ -237,8 +237,9 @@ impl Remote {
             let soon = deadline.min(Instant::now() + FURTHER);
             match lane.get(soon, || self.dial(soon), |_| false) {
                 Ok(connection) => return Ok(connection),
-                Err(_) if urgent.open().is_some() => lane.rest(NOT_AGAIN),
-                Err(_) => {}
+                // A server that is away will be there again; one that does not want this one will not want it soon.
+                Err(Some(error)) if is_away(&error) => {}
+                Err(_) => lane.rest(NOT_AGAIN),
             }
         }
         urgent
@@ -289,6 +290,15 @@ fn is_worth_another_try(error: &ConnectError) -> bool {
     match error {
         ConnectError::Connect { .. } => true,
         ConnectError::Lost(fault) => fault.is_of_the_connection(),
+        _ => false,
+    }
+}
+
+/// Whether nobody listens, or who listened has gone; not if he keeps silent.
+fn is_away(error: &ConnectError) -> bool {
+    match error {
+        ConnectError::Connect { source, .. } => source.kind() != io::ErrorKind::TimedOut,
+        ConnectError::Lost(fault) => fault.is_of_the_connection() && !fault.is_late(),
         _ => false,
     }
 }

@@ -1,5 +1,6 @@
 //! Ending a mount: what was written is saved, then the mount taken away; or, if the user insists, the other way round.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
@@ -23,7 +24,7 @@ const PATIENCE: Duration = Duration::from_secs(600);
 /// A mount that is being ended.
 pub(super) struct Ending<'a> {
     region: &'a Region,
-    place: Place,
+    place: Arc<Place>,
     output: Output,
 }
 
@@ -31,7 +32,7 @@ impl<'a> Ending<'a> {
     pub(super) fn new(region: &'a Region, place: Place, output: Output) -> Self {
         Self {
             region,
-            place,
+            place: Arc::new(place),
             output,
         }
     }
@@ -46,65 +47,41 @@ impl<'a> Ending<'a> {
         mut program: Option<&mut Program>,
         deadline: Duration,
     ) -> anyhow::Result<()> {
-        if let Some(program) = &program {
-            // It does not go on when its file is gone; one that has ended is not asked.
+        if let Some(program) = &mut program {
+            // It could do nothing more without its file.
             program.ask_to_end();
         }
-        let forced = AtomicBool::new(false);
-        let unmounted = std::thread::scope(|scope| {
-            let unmounting = scope.spawn(|| self.unmount(&forced));
-            while !unmounting.is_finished() {
-                match signal.recv_timeout(Duration::from_millis(20)) {
-                    Ok(()) => {
-                        forced.store(true, Ordering::Relaxed);
-                        if let Some(program) = &mut program {
-                            program.kill();
-                        }
-                        self.say_what_is_at_stake();
-                        // It may be waiting for a server that is away; it is detached from under it.
-                        self.place.force();
-                        break;
+        let forced = Arc::new(AtomicBool::new(false));
+        // Not waited for once it is forced: it may be waiting for a server that is away.
+        let unmounting = {
+            let (place, forced, output) =
+                (Arc::clone(&self.place), Arc::clone(&forced), self.output);
+            std::thread::spawn(move || unmount(&place, &forced, output))
+        };
+        while !unmounting.is_finished() {
+            match signal.recv_timeout(Duration::from_millis(20)) {
+                Ok(()) => {
+                    forced.store(true, Ordering::Relaxed);
+                    if let Some(program) = &mut program {
+                        program.kill();
                     }
-                    Err(RecvTimeoutError::Timeout) => {}
-                    Err(RecvTimeoutError::Disconnected) => break,
+                    self.say_what_is_at_stake();
+                    break;
                 }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
             }
-            unmounting.join().unwrap_or(false)
-        });
-        let Self { region, place, .. } = self;
-        if !unmounted {
-            place.force();
         }
-        drop(place);
-        let patience = if forced.load(Ordering::Relaxed) {
+        let forced = forced.load(Ordering::Relaxed);
+        if forced || !unmounting.join().unwrap_or(false) {
+            self.place.force();
+        }
+        drop(self.place);
+        self.region.close(if forced {
             FORCED
         } else {
             PATIENCE.max(deadline)
-        };
-        region.close(patience)
-    }
-
-    /// Unmounts, however long it takes, unless it is forced.
-    fn unmount(&self, forced: &AtomicBool) -> bool {
-        let mut said = String::new();
-        let until = Instant::now() + PATIENCE;
-        loop {
-            let why = match self.place.unmount() {
-                Ok(()) => return true,
-                Err(Held::Busy(why)) => why,
-                Err(Held::Failed(error)) => format!("{error:#}"),
-            };
-            if forced.load(Ordering::Relaxed) || Instant::now() >= until {
-                return false;
-            }
-            if why != said {
-                self.output.event("waiting", &json!({ "reason": why }));
-                self.output
-                    .remark(&format!("memferry: {why}; trying again, Ctrl-C forces it"));
-                said = why;
-            }
-            std::thread::park_timeout(AGAIN);
-        }
+        })
     }
 
     fn say_what_is_at_stake(&self) {
@@ -118,5 +95,27 @@ impl<'a> Ending<'a> {
             "memferry: taking it away from whoever uses it. At stake are {known}, and what programs have written and the kernel has not \
              passed on"
         ));
+    }
+}
+
+/// Unmounts, however long it takes, unless it is forced.
+fn unmount(place: &Place, forced: &AtomicBool, output: Output) -> bool {
+    let mut said = String::new();
+    let until = Instant::now() + PATIENCE;
+    loop {
+        let why = match place.unmount() {
+            Ok(()) => return true,
+            Err(Held::Busy(why)) => why,
+            Err(Held::Failed(error)) => format!("{error:#}"),
+        };
+        if forced.load(Ordering::Relaxed) || Instant::now() >= until {
+            return false;
+        }
+        if why != said {
+            output.event("waiting", &json!({ "reason": why }));
+            output.remark(&format!("memferry: {why}; trying again, Ctrl-C forces it"));
+            said = why;
+        }
+        std::thread::park_timeout(AGAIN);
     }
 }

@@ -11,6 +11,8 @@ use crate::exit::Exited;
 /// A program that is run with the mount.
 pub(super) struct Program {
     child: Child,
+    /// Set once it has ended: its number may be another's then.
+    status: Option<ExitStatus>,
 }
 
 impl Program {
@@ -23,18 +25,27 @@ impl Program {
             .env("MEMFERRY_PATH", path)
             .spawn()
             .with_context(|| format!("cannot run {name}"))?;
-        Ok(Self { child })
+        Ok(Self {
+            child,
+            status: None,
+        })
     }
 
     /// How it ended, if it has.
     pub(super) fn ended(&mut self) -> anyhow::Result<Option<ExitStatus>> {
-        Ok(self.child.try_wait()?)
+        if self.status.is_none() {
+            self.status = self.child.try_wait()?;
+        }
+        Ok(self.status)
     }
 
     /// Asks it to end.
-    pub(super) fn ask_to_end(&self) {
+    pub(super) fn ask_to_end(&mut self) {
+        if !matches!(self.ended(), Ok(None)) {
+            return;
+        }
         let pid = rustix::process::Pid::from_child(&self.child);
-        // It may have ended.
+        // A child that was not waited for keeps its number.
         let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
     }
 
@@ -42,7 +53,7 @@ impl Program {
     pub(super) fn kill(&mut self) {
         // It may have ended.
         let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.status = self.child.wait().ok().or(self.status);
     }
 }
 

@@ -133,17 +133,15 @@ pub(crate) fn run(args: &Mount, output: Output) -> anyhow::Result<()> {
         Err(error) => (None, Some(error)),
     };
     let mut view = View::new(output);
-    let mut status = None;
     while not_started.is_none() && !place.has_ended() {
         if signal.recv_timeout(LOOK).is_ok() {
             break;
         }
         view.show(&region);
-        if let Some(program) = &mut program {
-            status = program.ended()?;
-            if status.is_some() {
-                break;
-            }
+        if let Some(program) = &mut program
+            && program.ended()?.is_some()
+        {
+            break;
         }
     }
     view.end();
@@ -156,8 +154,7 @@ pub(crate) fn run(args: &Mount, output: Output) -> anyhow::Result<()> {
     }
     if let Some(program) = &mut program {
         // After a signal it may have gone on until its file went.
-        let status = status.or(program.ended()?);
-        return exec::pass_on(status);
+        return exec::pass_on(program.ended()?);
     }
     Ok(())
 }

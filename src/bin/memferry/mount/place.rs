@@ -16,7 +16,7 @@ pub(super) enum Place {
         /// What it is mounted on.
         root: PathBuf,
         /// Dropped last, so after it was unmounted.
-        _made: Made,
+        made: std::sync::Mutex<Made>,
     },
     #[cfg(feature = "nbd-device")]
     Device(
@@ -106,11 +106,17 @@ impl Place {
     pub(super) fn force(&self) {
         match self {
             #[cfg(feature = "fuse")]
-            Self::File { file, .. } => {
+            Self::File { file, made, .. } => {
                 // What cannot be detached is aborted when it is dropped.
                 let _ = file.detach();
+                // A thread that waits for the server may keep this value until the process ends.
+                std::mem::take(
+                    &mut *made
+                        .lock()
+                        .unwrap_or_else(std::sync::PoisonError::into_inner),
+                );
             }
-            // It is disconnected when it is dropped.
+            // It is disconnected when it is dropped, or the process ends.
             #[cfg(feature = "nbd-device")]
             Self::Device(..) => {}
         }
@@ -210,7 +216,7 @@ fn file(args: &Mount, region: &Region) -> anyhow::Result<Place> {
     Ok(Place::File {
         file,
         root,
-        _made: made,
+        made: made.into(),
     })
 }
 
