@@ -227,63 +227,6 @@ fn it_is_a_storage_up_to_its_last_byte() {
     }
 }
 
-/// A file of a mount of its own, as a storage.
-#[derive(Debug)]
-struct OverFuse {
-    // In the order in which they are dropped: nobody has it open when it is unmounted.
-    storage: FileStorage,
-    _file: FuseFile,
-    _folder: TempDir,
-}
-
-impl Storage for OverFuse {
-    fn len(&self) -> u64 {
-        self.storage.len()
-    }
-
-    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.storage.read_exact_at(buf, offset)
-    }
-
-    fn write_all_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        self.storage.write_all_at(buf, offset)
-    }
-
-    fn zero(&self, range: Range<u64>) -> io::Result<()> {
-        self.storage.zero(range)
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        self.storage.flush()
-    }
-
-    fn data_ranges(&self, within: Range<u64>) -> io::Result<Vec<Range<u64>>> {
-        self.storage.data_ranges(within)
-    }
-}
-
-#[test]
-#[ignore = "privileged: needs root and /dev/fuse"]
-fn it_keeps_every_promise_of_a_storage() {
-    for cache in CACHES {
-        memferry::chunk::conformance::storage::run_all(&|len| {
-            let folder = tempfile::tempdir().unwrap();
-            let memory = Arc::new(MemoryStorage::new(len));
-            let options = FuseOptions {
-                unmount_after_crash: false,
-                ..options(cache)
-            };
-            let file = FuseFile::mount(memory, folder.path(), &options).unwrap();
-            let open = OpenOptions::new().read(true).write(true).open(file.path());
-            Arc::new(OverFuse {
-                storage: FileStorage::new(open.unwrap()).unwrap(),
-                _file: file,
-                _folder: folder,
-            })
-        });
-    }
-}
-
 #[test]
 #[ignore = "privileged: needs root and /dev/fuse"]
 fn a_shared_mapping_reads_and_writes_the_region() {
@@ -631,5 +574,29 @@ fn a_dead_mount_is_removed_by_the_next_one() {
         drop(open);
         file.unmount().unwrap();
         assert!(!is_mounted(at));
+    }
+}
+
+#[test]
+#[ignore = "measurement"]
+fn measure_reading_in_sequence() {
+    const LEN: u64 = 256 << 20;
+    for cache in CACHES {
+        let folder = tempfile::tempdir().unwrap();
+        let memory = Arc::new(MemoryStorage::new(LEN));
+        for offset in (0..LEN).step_by(1 << 20) {
+            memory.write_all_at(&[1; 1 << 20], offset).unwrap();
+        }
+        let region = FuseFile::mount(memory, folder.path(), &options(cache)).unwrap();
+        let file = File::open(region.path()).unwrap();
+        let mut buf = vec![0; 1 << 20];
+        for round in ["first", "second"] {
+            let start = std::time::Instant::now();
+            for offset in (0..LEN).step_by(1 << 20) {
+                file.read_exact_at(&mut buf, offset).unwrap();
+            }
+            let rate = LEN as f64 / start.elapsed().as_secs_f64() / 1e9;
+            println!("{cache:?}, 1 MiB at once, {round} time: {rate:.2} GB/s");
+        }
     }
 }

@@ -297,6 +297,10 @@ impl Service {
 
     /// Takes a count, and what it counts.
     fn take_queued(&self) -> Option<Range<u64>> {
+        // Without a system call where there is nothing: a program on this processor runs on only when this thread waits.
+        if locked(&self.queue).is_empty() {
+            return None;
+        }
         rustix::io::read(&self.queued, &mut [0; 8]).ok()?;
         locked(&self.queue).pop_front()
     }
@@ -510,6 +514,9 @@ impl Service {
         loop {
             let due = {
                 let mut retries = locked(&self.retries);
+                if retries.is_empty() {
+                    return;
+                }
                 let now = Instant::now();
                 let due = retries.iter().position(|retry| retry.at <= now);
                 due.map(|due| retries.swap_remove(due))

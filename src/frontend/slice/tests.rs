@@ -1,11 +1,17 @@
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::sync::Mutex;
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::Instant;
 
+use rustix::event::{PollFd, PollFlags};
+use rustix::thread::CpuSet;
+
 use super::*;
 use crate::backend::MemoryStorage;
 use crate::chunk::{Fault, Faults, Faulty, Operation};
+use crate::sys::uffd::Event;
 
 const PAGE: u64 = 4096;
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -512,4 +518,131 @@ fn a_terabyte_is_there_at_once() {
     slice.sync().unwrap();
     assert_eq!(load(&slice, (1 << 40) - 2, 2), [0, 5]);
     assert!(start.elapsed() < PATIENCE);
+}
+
+/// A connection to who sends a page for each 16 bytes.
+#[derive(Debug)]
+struct Wire(Mutex<TcpStream>);
+
+impl Wire {
+    fn new() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        client.set_nodelay(true).unwrap();
+        let (mut server, _) = listener.accept().unwrap();
+        server.set_nodelay(true).unwrap();
+        thread::spawn(move || {
+            let mut request = [0; 16];
+            while server.read_exact(&mut request).is_ok() && server.write_all(&[7; 4096]).is_ok() {}
+        });
+        Self(Mutex::new(client))
+    }
+
+    fn page(&self, buf: &mut [u8]) -> io::Result<()> {
+        let mut wire = self.0.lock().unwrap();
+        wire.write_all(&[1; 16])?;
+        wire.read_exact(buf)
+    }
+}
+
+impl Storage for Wire {
+    fn len(&self) -> u64 {
+        2000 * PAGE
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], _: u64) -> io::Result<()> {
+        self.page(buf)
+    }
+
+    fn write_all_at(&self, _: &[u8], _: u64) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn data_ranges(&self, within: Range<u64>) -> io::Result<Vec<Range<u64>>> {
+        Ok(one(within))
+    }
+}
+
+/// The latencies of faults at pages in no order, half and 99 of 100, in microseconds.
+fn latencies(memory: &Memory) -> (f64, f64) {
+    let mut took: Vec<_> = (0..2000)
+        .map(|n| {
+            let start = Instant::now();
+            memory.load(n * 787 % 2000 * PAGE, &mut [0]).unwrap();
+            start.elapsed()
+        })
+        .collect();
+    took.sort_unstable();
+    (
+        took[1000].as_secs_f64() * 1e6,
+        took[1980].as_secs_f64() * 1e6,
+    )
+}
+
+/// Reads a fault, asks for the page, installs it: as little as can be done, in one thread.
+fn bare_loop() -> (f64, f64) {
+    let memory = Memory::reserve(2000 * PAGE).unwrap();
+    let uffd = Uffd::create(Scope::UserModeOnly, Features::none()).unwrap();
+    let missing = Mode {
+        missing: true,
+        ..Mode::default()
+    };
+    uffd.register(memory.addresses(), missing).unwrap();
+    let wire = Wire::new();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut page = [0; 4096];
+            let mut events = Vec::new();
+            for _ in 0..2000 {
+                while uffd.read_events(&mut events).unwrap() == 0 {
+                    let mut polled = [PollFd::new(&uffd, PollFlags::IN)];
+                    rustix::event::poll(&mut polled, None).unwrap();
+                }
+                for event in events.drain(..) {
+                    if let Event::Fault { address, .. } = event {
+                        wire.page(&mut page).unwrap();
+                        uffd.install(address, &page, PAGE).unwrap();
+                    }
+                }
+            }
+        });
+        latencies(&memory)
+    })
+}
+
+#[test]
+#[ignore = "measurement"]
+fn measure_the_first_page() {
+    for pinned in [true, false] {
+        let measured = in_thread(move || {
+            if pinned {
+                let mut processors = CpuSet::new();
+                processors.set(0);
+                // The threads that are started from here stay there, too.
+                rustix::thread::sched_setaffinity(None, &processors).unwrap();
+            }
+            for _ in 0..3 {
+                let bare = bare_loop();
+                let options = SliceOptions {
+                    read_ahead: 8 << 20,
+                    ..options()
+                };
+                let slice = Slice::new(Arc::new(Wire::new()), &options).unwrap();
+                let ours = latencies(&slice.memory);
+                println!(
+                    "pinned {pinned}: bare {:.1}/{:.1} us, slice {:.1}/{:.1} us, {:.2} times as long",
+                    bare.0,
+                    bare.1,
+                    ours.0,
+                    ours.1,
+                    ours.0 / bare.0
+                );
+            }
+        });
+        measured.recv_timeout(PATIENCE * 3).unwrap();
+    }
 }
