@@ -465,11 +465,14 @@ impl Region {
         let mut held = self.free("moved away, or waiting", |standing| {
             matches!(standing, Standing::Moved | Standing::Waiting)
         })?;
-        if held.standing == Standing::Moved {
+        held.busy = true;
+        let moved = held.standing == Standing::Moved;
+        drop(held);
+        if moved {
+            // Programs are still sent away, so that nothing is cached again.
             self.forget();
         }
-        held.busy = true;
-        self.set(&mut held, Standing::Receiving);
+        self.set(&mut self.held(), Standing::Receiving);
         Ok(())
     }
 

@@ -10,7 +10,7 @@ use memferry::migrate::{
     FinalizeError, LeechError, LeechOptions, Leecher, PostCopy, SeedError, SeedOptions, Seeder,
     SeederHooks, Standing,
 };
-use memferry::subject::SubjectError;
+use memferry::subject::{Description, Incoming, SubjectError};
 
 use super::application::Application;
 use super::hop::{MIB, bytes, empty, fill, hop, owner, plan, sessions};
@@ -138,6 +138,54 @@ fn a_cache_that_cannot_be_written_back_ends_the_move_and_not_the_data() {
         a.detach(&stuck);
         hop(&a, &b, plan(PostCopy::Auto));
         assert!(bytes(&b) == expected);
+    });
+}
+
+/// A destination that refuses what it is to load.
+#[derive(Debug)]
+struct Refuses;
+
+impl Incoming for Refuses {
+    fn kind(&self) -> &'static str {
+        "regions"
+    }
+
+    fn accept(&self, _source: &Description) -> Result<(), SubjectError> {
+        Ok(())
+    }
+
+    fn load(
+        &mut self,
+        _state: &mut (dyn io::Read + Send),
+        _deadline: Instant,
+    ) -> Result<(), SubjectError> {
+        Err(SubjectError::new("it does not fit"))
+    }
+
+    fn resume(&mut self, _deadline: Instant) -> Result<(), SubjectError> {
+        panic!("it never belongs here");
+    }
+}
+
+#[test]
+fn a_destination_that_cannot_load_leaves_the_region_in_use_at_the_source() {
+    within(Duration::from_secs(60), || {
+        gives_up(
+            |seeder| seeder,
+            |leecher| leecher.subject(Refuses),
+            |_, _| {},
+        );
+    });
+}
+
+#[test]
+fn a_destination_that_looks_while_it_loads_and_fails_leaves_nothing_to_look_at() {
+    within(Duration::from_secs(60), || {
+        gives_up(
+            |seeder| seeder,
+            |leecher| leecher.subject(Refuses).looking_while_loading(),
+            |_, _| {},
+        );
     });
 }
 

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use memferry::chunk::{Caches, ChunkBitmap, ChunkSize, Storage};
 use memferry::dirty::DirtyTracker;
 use memferry::migrate::{
-    LeechOptions, Leecher, LeecherHooks, Phase, PostCopy, Progress, Region, SeedOptions, Seeder,
-    SeederHooks, Standing, Verify,
+    Budget, LeechOptions, Leecher, LeecherHooks, Phase, PostCopy, Progress, Region, SeedOptions,
+    SeedReport, Seeder, SeederHooks, Standing, Verify,
 };
 
 use super::application::Application;
@@ -412,4 +412,55 @@ fn a_session_with_a_region_that_cannot_move_is_refused_before_anything_happens()
     let (here, there, _) = sessions(None);
     assert!(Seeder::new([("b", a)]).open(here).is_err());
     assert!(Leecher::new([("b", b)]).open(there).is_err());
+}
+
+/// What a region costs that comes back unchanged, and how long it stands still when it moves under writes.
+#[test]
+#[ignore = "measurement"]
+fn what_a_move_costs() {
+    let len = 256 * MIB;
+    let (a, b) = (owner(len), empty(len));
+    fill(&a, 12);
+    let off = SeedOptions {
+        verify: Verify::Off,
+        ..plan(PostCopy::Auto)
+    };
+    let told = |what: &str, report: &SeedReport| {
+        println!(
+            "{what}: {} bytes on the wire, {:.4} of the region, {:.2} s, blackout {:.2} ms, {} rounds, {} faults",
+            report.traffic.wire_bytes,
+            report.traffic.wire_bytes as f64 / len as f64,
+            report.total,
+            report.blackout * 1000.0,
+            report.rounds,
+            report.faults
+        );
+    };
+    told("a to b", &hop(&a, &b, off.clone()).0);
+    told("unchanged, back", &hop(&b, &a, off.clone()).0);
+    let application = Application::start(&a, 2);
+    let mut place = a.clone();
+    for post_copy in [PostCopy::Auto, PostCopy::Never, PostCopy::Always] {
+        let next = if Arc::ptr_eq(&place, &a) { &b } else { &a };
+        let (here, there, _) = sessions(None);
+        let options = SeedOptions {
+            budget: Budget {
+                post_copy,
+                ..Budget::default()
+            },
+            ..off.clone()
+        };
+        let seeding = Seeder::new([("ram", place.clone())])
+            .options(options)
+            .open(here)
+            .unwrap();
+        let leeching = Leecher::new([("ram", next.clone())]).open(there).unwrap();
+        let finalized = leeching.finalize().unwrap();
+        application.moves_to(next);
+        finalized.release().unwrap();
+        let report = seeding.released().unwrap().close().unwrap();
+        told(&format!("under writes, {post_copy:?}"), &report);
+        place = next.clone();
+    }
+    application.end(&place);
 }
