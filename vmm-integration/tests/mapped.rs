@@ -1,4 +1,4 @@
-//! Guest RAM on a mapped file of ours, which moves live: a program that maps it through `vm-memory` and writes like a guest, tracked by the
+//! Guest RAM on a mapped file or device of ours, which moves live: a program that maps it through `vm-memory` and writes like a guest, tracked by the
 //! writes that reach our storage.
 #![allow(clippy::unwrap_used, reason = "a test may panic, helpers too")]
 
@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use guest::Guest;
 use memferry::backend::memfd_storage;
 use memferry::chunk::{Caches, ChunkSize};
+use memferry::frontend::nbd::{Device, DeviceOptions};
 use memferry::frontend::{FuseFile, FuseOptions};
 use memferry::migrate::{
     Budget, Leecher, PostCopy, Region, SeedOptions, SeedReport, Seeder, Verify,
@@ -37,6 +38,12 @@ trait Front: Caches {
 }
 
 impl Front for FuseFile {
+    fn path(&self) -> &Path {
+        self.path()
+    }
+}
+
+impl Front for Device {
     fn path(&self) -> &Path {
         self.path()
     }
@@ -213,5 +220,21 @@ fn guest_ram_on_a_mapped_file_moves_live_and_comes_back() {
     let a = Host::new(a, show(places[0].path()));
     let b = Region::empty(local(), ChunkSize::PAGE).unwrap();
     let b = Host::new(b, show(places[1].path()));
+    there_and_back(&a, &b);
+}
+
+#[test]
+#[ignore = "kernel: needs nbd"]
+fn guest_ram_on_a_mapped_device_moves_live_and_comes_back() {
+    let host = || {
+        let local = Arc::new(memfd_storage("guest-ram", LEN).unwrap());
+        let region = Region::new(local, ChunkSize::PAGE).unwrap();
+        Host::new(region, |region| {
+            Device::attach(region, &DeviceOptions::default()).unwrap()
+        })
+    };
+    let (a, b) = (host(), host());
+    // The kernel has looked for partitions.
+    b.region.vacate().unwrap();
     there_and_back(&a, &b);
 }

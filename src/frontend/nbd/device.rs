@@ -37,11 +37,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{Mode, OFlags, major, minor};
+use rustix::fs::{Advice, Mode, OFlags, major, minor};
 use rustix::io::Errno;
 
 use super::{Export, WorkerOptions, Workers};
-use crate::chunk::Storage;
+use crate::chunk::{Caches, Storage};
 use crate::nbd::TransmissionFlags;
 use crate::sys::mapping::Mapping;
 use crate::sys::reclaim::become_io_flusher;
@@ -310,6 +310,23 @@ impl Device {
         let mut holders = holders::holders(self.number, &self.path, &ours);
         holders.extend(self.shown.stacked().into_iter().map(Holder::Device));
         holders
+    }
+}
+
+impl Caches for Device {
+    fn write_back(&self) -> io::Result<()> {
+        if self.file.is_none() {
+            return Err(io::ErrorKind::NotConnected.into());
+        }
+        self.sync()
+    }
+
+    /// Pages that a program still has mapped are kept by the kernel: it must have let go of them.
+    fn forget(&self) -> io::Result<()> {
+        let Some(file) = &self.file else {
+            return Ok(());
+        };
+        Ok(rustix::fs::fadvise(file, 0, None, Advice::DontNeed)?)
     }
 }
 
