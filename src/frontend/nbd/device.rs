@@ -242,7 +242,8 @@ impl Device {
 
     /// Saves what was written, disconnects the device, and waits until it is free.
     ///
-    /// While somebody else uses it this waits for him, until the deadline: udev, for example, looks into devices when they change.
+    /// While somebody else uses it this waits for him, for as long as `limit` allows: udev, for example, looks into devices when they change.
+    /// Saving takes as long as the storage does, though each request no longer than [`DeviceOptions::timeout`].
     ///
     /// # Errors
     /// [`DetachError`]: it says whether the device is still attached.

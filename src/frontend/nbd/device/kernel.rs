@@ -8,6 +8,7 @@ use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::SigSet;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
@@ -256,6 +257,8 @@ impl IoctlDevice {
             .spawn(move || {
                 // Nobody listens if attaching was given up.
                 let _told = tell.send(rustix::thread::gettid().as_raw_nonzero().get());
+                // A signal that was meant for the process would end the device if it came to this thread.
+                let _blocked = SigSet::all().thread_block();
                 ioctl::run(&node)
             });
         device.runner = Some(runner.map_err(AttachError::Resources)?);

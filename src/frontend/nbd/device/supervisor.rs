@@ -136,6 +136,22 @@ impl Drop for Supervisor {
 /// How long is tried to disconnect a device that nobody waits for.
 const LAST: Duration = Duration::from_secs(10);
 
+/// A connection that counts as alive until this is dropped.
+struct Alive(Arc<AtomicUsize>);
+
+impl Alive {
+    fn new(connections: &Arc<AtomicUsize>) -> Self {
+        connections.fetch_add(1, Ordering::AcqRel);
+        Self(Arc::clone(connections))
+    }
+}
+
+impl Drop for Alive {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
 /// What the thread owns.
 struct Own {
     plan: Plan,
@@ -173,30 +189,31 @@ impl Own {
     fn connect(&self, deadline: Instant) -> Result<Kernel, AttachError> {
         let mut sockets = Vec::new();
         for _ in 0..self.plan.wanted.options.connections {
-            // Its server ends when the kernel's end goes: it is closed here if the device is not connected.
-            sockets.push(self.add_connection().map_err(AttachError::Resources)?);
+            let (ours, kernels) = pair(self.plan.above).map_err(AttachError::Resources)?;
+            // It ends when the kernel's end goes, which is closed here if the device is not connected.
+            self.serve(ours).map_err(AttachError::Resources)?;
+            sockets.push(kernels);
         }
         Kernel::connect(&self.plan.wanted, &sockets, deadline)
     }
 
-    /// Starts to serve another connection, and returns the end that is the kernel's.
-    fn add_connection(&self) -> io::Result<OwnedFd> {
-        let (ours, kernels) = pair(self.plan.above)?;
+    /// Starts to serve a connection.
+    fn serve(&self, socket: OwnedFd) -> io::Result<()> {
         let events = self.events.clone();
-        let connections = Arc::clone(&self.connections);
+        let alive = Alive::new(&self.connections);
         let Plan {
             export, workers, ..
         } = self.plan.clone();
+        let server = move || {
+            // Why it ended does not matter: it is replaced, unless the device is disconnected.
+            let _ended = serve_transmission(socket, &export, &workers);
+            drop(alive);
+            let _told = events.send(Event::ConnectionEnded);
+        };
         thread::Builder::new()
             .name("nbd-serve".into())
-            .spawn(move || {
-                connections.fetch_add(1, Ordering::AcqRel);
-                // Why it ended does not matter: it is replaced, unless the device is disconnected.
-                let _ended = serve_transmission(ours, &export, &workers);
-                connections.fetch_sub(1, Ordering::AcqRel);
-                let _told = events.send(Event::ConnectionEnded);
-            })?;
-        Ok(kernels)
+            .spawn(server)?;
+        Ok(())
     }
 
     fn supervise(&self, kernel: &mut Kernel, inbox: &Receiver<Event>) {
@@ -225,15 +242,16 @@ impl Own {
 
     fn replace(&self, kernel: &mut Kernel, dead: &mut Dead) {
         while dead.count > 0 {
-            let replaced = self
-                .add_connection()
-                .and_then(|socket| kernel.replace(socket.as_fd()));
+            // The kernel first: a server whose socket it does not want would end at once, and count as another one that has died.
+            let replaced = pair(self.plan.above).and_then(|(ours, kernels)| {
+                kernel.replace(kernels.as_fd())?;
+                self.serve(ours)
+            });
             match replaced {
                 Ok(()) => dead.one_less(),
                 // There is no device any more that could have connections.
                 Err(error) if error.kind() == io::ErrorKind::InvalidInput => dead.none(),
-                // The kernel has not noticed yet that it has died, or we have no descriptor: try again later. The server that was started
-                // ends with the socket, and must not count as another one that has died.
+                // The kernel has not noticed yet that it has died, or we have no descriptor: try again later.
                 Err(_) => {
                     dead.later();
                     return;
@@ -313,4 +331,32 @@ fn pair(above: RawFd) -> io::Result<(OwnedFd, OwnedFd)> {
         rustix::io::fcntl_dupfd_cloexec(&ours, above + 1)?
     };
     Ok((ours, kernels))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn our_end_of_a_connection_has_the_higher_descriptor() {
+        let (low, _) = pair(0).unwrap();
+        let above = low.as_raw_fd() + 20;
+        let (ours, _kernels) = pair(above).unwrap();
+        assert!(ours.as_raw_fd() > above);
+    }
+
+    #[test]
+    fn connections_that_die_at_once_are_made_ever_more_seldom() {
+        let mut dead = Dead::default();
+        assert_eq!(dead.patience(), IDLE);
+        for _ in 0..20 {
+            dead.one_more();
+            assert!(dead.patience() <= LONGEST);
+            dead.one_less();
+        }
+        dead.one_more();
+        assert!(dead.patience() > LONGEST / 2);
+        dead.none();
+        assert_eq!(dead.patience(), IDLE);
+    }
 }
