@@ -13,6 +13,7 @@ mod fio;
 mod libnbd;
 mod listing;
 mod nbd_client;
+mod nbd_measure;
 mod nbd_servers;
 mod qemu;
 mod rig;
