@@ -439,7 +439,7 @@ fn what_a_move_costs() {
     told("unchanged, back", &hop(&b, &a, off.clone()).0);
     let application = Application::start(&a, 2);
     let mut place = a.clone();
-    for post_copy in [PostCopy::Auto, PostCopy::Never, PostCopy::Always] {
+    for post_copy in [PostCopy::Auto, PostCopy::Always] {
         let next = if Arc::ptr_eq(&place, &a) { &b } else { &a };
         let (here, there, _) = sessions(None);
         let options = SeedOptions {
