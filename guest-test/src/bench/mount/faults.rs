@@ -19,6 +19,7 @@ use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use super::measure::milliseconds;
 use super::pattern::Pattern;
 use super::rig::Far;
+use super::route::By;
 
 /// Latencies in milliseconds, each way in the same run.
 #[derive(Debug, Default)]
@@ -103,7 +104,7 @@ fn slice(
     pattern: Pattern,
     pages: impl Iterator<Item = u64>,
 ) -> Result<Vec<f64>> {
-    let far = Far::serve(Arc::clone(region), None)?;
+    let far = Far::serve(Arc::clone(region), None, By::Proxy)?;
     let slice = Slice::new(Arc::new(far.connect()?), &SliceOptions::default())?;
     touch(pattern, pages, |page, offset| Ok(slice.load(page, offset)?))
 }

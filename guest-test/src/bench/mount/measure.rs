@@ -9,9 +9,10 @@ use memferry::chunk::Storage;
 
 use super::faults::{self, Faults, Processors};
 use super::link::Shape;
-use super::options::{FrontEnd, Way};
+use super::options::{FrontEnd, Plan, Way};
 use super::pattern::Pattern;
 use super::rig::{Far, Mounted, STEP, region, steps};
+use super::route::By;
 
 /// One mount's figures.
 #[derive(Debug, Clone, Default)]
@@ -35,6 +36,7 @@ pub(super) struct Bench {
     size: u64,
     limit: Duration,
     touches: u64,
+    by: By,
     /// What was read, to be compared when the clock stands.
     buffer: Vec<u8>,
 }
@@ -44,14 +46,16 @@ const WRITTEN: u64 = 0x5eed;
 const PAGE: usize = 4096;
 
 impl Bench {
-    pub(super) fn new(size: u64, limit: Duration, touches: u64) -> Result<Self> {
+    pub(super) fn new(plan: &Plan) -> Result<Self> {
+        let size = plan.size;
         let pattern = Pattern::new(1);
         Ok(Self {
             source: region(size, pattern)?,
             pattern,
             size,
-            limit,
-            touches,
+            limit: plan.limit,
+            touches: plan.touches,
+            by: plan.by,
             buffer: vec![1; usize::try_from(size)?],
         })
     }
@@ -64,7 +68,7 @@ impl Bench {
         front_end: FrontEnd,
     ) -> Result<Sample> {
         let source: Arc<dyn Storage> = Arc::clone(&self.source) as _;
-        let far = Far::serve(source, shape)?;
+        let far = Far::serve(source, shape, self.by)?;
         let open = || Mounted::open(&far, way, front_end);
         let (opened, touches) = self.touch(&open).context("first accesses")?;
         let read = self.read(&open).context("reading")?;
@@ -91,7 +95,7 @@ impl Bench {
         let opened = milliseconds(began.elapsed());
         let mut page = [0; PAGE];
         let mut touches = Vec::new();
-        for offset in self.scattered() {
+        for offset in scattered(self.size, self.touches) {
             let began = Instant::now();
             mounted.read(&mut page, offset)?;
             touches.push(milliseconds(began.elapsed()));
@@ -99,14 +103,6 @@ impl Bench {
         }
         mounted.close()?;
         Ok((opened, touches))
-    }
-
-    /// Pages in the second half of the region, which what is pulled in order reaches late, each far from the one before.
-    fn scattered(&self) -> impl Iterator<Item = u64> {
-        let (half, count, page) = (self.size / 2, self.touches, PAGE as u64);
-        // Steps of a number that shares no factor with a count that is a power of two visit every place once.
-        let places = (0..count).map(move |index| index * 5 % count);
-        places.map(move |place| half + half / count * place / page * page)
     }
 
     /// Reads from the start to the end, or as far as the limit lets it.
@@ -130,7 +126,7 @@ impl Bench {
     /// Writes from the start to the end, or as far as the limit lets it, and looks at the server for what has arrived.
     fn write(&mut self, shape: Option<Shape>, way: Way, front_end: FrontEnd) -> Result<f64> {
         let target = Arc::new(MemoryStorage::new(self.size));
-        let far = Far::serve(Arc::clone(&target) as _, shape)?;
+        let far = Far::serve(Arc::clone(&target) as _, shape, self.by)?;
         let pattern = Pattern::new(WRITTEN);
         pattern.fill(&mut self.buffer, 0);
         let began = Instant::now();
@@ -153,6 +149,14 @@ impl Bench {
     }
 }
 
+/// Pages in the second half of the region, which what is pulled in order reaches late, each far from the one before.
+fn scattered(size: u64, count: u64) -> impl Iterator<Item = u64> {
+    let (half, page) = (size / 2, PAGE as u64);
+    // Steps of a number that shares no factor with a count that is a power of two visit every place once.
+    let places = (0..count).map(move |index| index * 5 % count);
+    places.map(move |place| half + half / count * place / page * page)
+}
+
 pub(super) fn milliseconds(span: Duration) -> f64 {
     span.as_secs_f64() * 1e3
 }
@@ -171,8 +175,7 @@ mod tests {
 
     #[test]
     fn first_accesses_are_to_different_pages_of_the_second_half() {
-        let bench = Bench::new(8 << 20, Duration::from_secs(1), 16).unwrap();
-        let pages: BTreeSet<u64> = bench.scattered().collect();
+        let pages: BTreeSet<u64> = scattered(8 << 20, 16).collect();
         assert_eq!(pages.len(), 16);
         assert!(
             pages

@@ -8,13 +8,17 @@
 
 mod faults;
 mod goals;
+mod in_lab;
 mod link;
 mod measure;
 mod options;
 mod pattern;
 mod plain;
+mod residency;
 mod results;
 mod rig;
+mod route;
+mod serial;
 
 use anyhow::{Context, Result, bail};
 use serde_json::json;
@@ -27,15 +31,21 @@ use measure::{Bench, Sample};
 use options::Plan;
 pub use options::{FrontEnd, MountOptions, Way};
 use results::{Cell, Distance, Results};
+use serial::Attaching;
 
 /// Measures, and prints the table and the goals. Blocks for minutes; says on standard error how it gets on.
 ///
 /// # Errors
 /// If the options contradict each other, something cannot be mounted, or bytes are wrong.
 pub fn run(options: &MountOptions) -> Result<Outcome> {
+    if let Some(series) = &options.lab {
+        return in_lab::run(series);
+    }
     let plan = Plan::new(options)?;
     let mut results = Results::default();
-    let mut bench = Bench::new(plan.size, plan.limit, plan.touches)?;
+    // First, while this process has nothing that it could use again.
+    results.add_residency(residency::bits_a_chunk()?);
+    let mut bench = Bench::new(&plan)?;
     let distances = [Distance::NextDoor].into_iter();
     let distances: Vec<_> = distances
         .chain(plan.round_trips.iter().map(|&ms| Distance::RoundTrip(ms)))
@@ -44,28 +54,31 @@ pub fn run(options: &MountOptions) -> Result<Outcome> {
         for &distance in &distances {
             let shape = distance.shape(plan.rate);
             if let Some(shape) = shape {
-                let rate = plain::stream(plan.size, shape).context("plain TCP")?;
+                let rate = plain::stream(plan.size, shape, plan.by).context("plain TCP")?;
                 eprintln!("run {run}, {distance}: plain TCP {rate:.0} MB/s");
                 results.add_plain(distance, rate);
             }
-            for &way in &plan.ways {
-                for &front_end in &plan.front_ends {
-                    if interrupt::requested() {
-                        bail!("interrupted");
-                    }
-                    let cell = Cell {
-                        distance,
-                        way,
-                        front_end,
-                    };
-                    let sample = bench
-                        .measure(shape, way, front_end)
-                        .with_context(|| cell.to_string())?;
-                    told(run, cell, &sample, options.json);
-                    results.add(cell, sample);
+            for (way, front_end) in plan.mounts() {
+                if interrupt::requested() {
+                    bail!("interrupted");
                 }
+                let cell = Cell {
+                    distance,
+                    way,
+                    front_end,
+                };
+                let sample = bench
+                    .measure(shape, way, front_end)
+                    .with_context(|| cell.to_string())?;
+                told(run, cell, &sample, options.json);
+                results.add(cell, sample);
             }
         }
+    }
+    if plan.has(Way::Direct, FrontEnd::NbdSerial) {
+        let attaching = serial::attaching().context("attaching")?;
+        told_attaching(&attaching, options.json);
+        results.add_attaching(attaching);
     }
     for processors in [Processors::One, Processors::All] {
         let faults = bench.faults(plan.faults, processors).context("faults")?;
@@ -73,6 +86,18 @@ pub fn run(options: &MountOptions) -> Result<Outcome> {
         results.add_faults(processors, faults);
     }
     Ok(conclude(options, &plan, &results))
+}
+
+fn told_attaching(attaching: &Attaching, json: bool) {
+    let of = |values: &[f64]| results::percentile(values, 50.0).unwrap_or_default();
+    let (ours, least) = (of(&attaching.ours), of(&attaching.least));
+    eprintln!("attaching a device: {ours:.1} ms, the least {least:.1} ms");
+    if json {
+        println!(
+            "{}",
+            json!({ "attach_ms": attaching.ours, "attach_least_ms": attaching.least })
+        );
+    }
 }
 
 fn told_faults(processors: Processors, faults: &Faults, json: bool) {

@@ -7,6 +7,8 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use clap::{Args, ValueEnum};
 
+use super::route::By;
+
 /// How a remote region comes here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -25,6 +27,10 @@ pub enum FrontEnd {
     Fuse,
     /// Memory of the program's own
     Uffd,
+    /// A block device; needs a kernel with the module nbd
+    Nbd,
+    /// A block device whose requests are served one at a time, to compare with; direct only
+    NbdSerial,
 }
 
 impl FrontEnd {
@@ -33,6 +39,9 @@ impl FrontEnd {
         let device = |path| Path::new(path).exists();
         let mut here = vec![Self::Uffd];
         here.extend(device("/dev/fuse").then_some(Self::Fuse));
+        if device("/dev/nbd0") {
+            here.extend([Self::Nbd, Self::NbdSerial]);
+        }
         here
     }
 }
@@ -51,6 +60,8 @@ impl fmt::Display for FrontEnd {
         f.write_str(match self {
             Self::Fuse => "fuse",
             Self::Uffd => "uffd",
+            Self::Nbd => "nbd",
+            Self::NbdSerial => "nbd-serial",
         })
     }
 }
@@ -79,6 +90,12 @@ pub struct MountOptions {
     /// The region's size in MiB [default: 256, with --quick 128]
     #[arg(long, value_name = "MIB")]
     pub(super) size: Option<u64>,
+    /// Have the kernel make the link: netem on the loopback interface, which everybody on this machine then has
+    #[arg(long)]
+    pub(super) netem: bool,
+    /// In a Linux guest that has nbd and netem, with the series of kernel that is named
+    #[arg(long, value_name = "6.12|6.1", num_args = 0..=1, default_missing_value = "6.12")]
+    pub(super) lab: Option<String>,
     /// Stop reading or writing after so many seconds; the figure is then that of what was done
     #[arg(long, value_name = "SECONDS", default_value_t = 5)]
     pub(super) limit: u64,
@@ -106,6 +123,8 @@ pub(super) struct Plan {
     pub(super) touches: u64,
     /// Faults in each comparison with a bare loop.
     pub(super) faults: u64,
+    /// Who makes the link.
+    pub(super) by: By,
 }
 
 impl Plan {
@@ -142,6 +161,24 @@ impl Plan {
             front_ends: options.front_ends.clone().unwrap_or_else(FrontEnd::here),
             touches: if quick { 16 } else { 32 },
             faults: if quick { 500 } else { 4000 },
+            by: if options.netem { By::Netem } else { By::Proxy },
         })
+    }
+}
+
+impl Plan {
+    /// What is mounted how. Serving one request at a time is no way to manage anything.
+    pub(super) fn mounts(&self) -> Vec<(Way, FrontEnd)> {
+        let pairs = self.ways.iter().flat_map(|&way| {
+            let front_ends = self.front_ends.iter();
+            front_ends.map(move |&front_end| (way, front_end))
+        });
+        pairs
+            .filter(|&pair| pair != (Way::Managed, FrontEnd::NbdSerial))
+            .collect()
+    }
+
+    pub(super) fn has(&self, way: Way, front_end: FrontEnd) -> bool {
+        self.mounts().contains(&(way, front_end))
     }
 }

@@ -7,14 +7,15 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 
-use super::link::{Link, Shape};
+use super::link::Shape;
 use super::measure::rate;
 use super::rig::{STEP, steps};
+use super::route::{By, Route};
 
 /// How fast one connection carries so many bytes, connecting included, in MB a second.
-pub(super) fn stream(size: u64, shape: Shape) -> Result<f64> {
+pub(super) fn stream(size: u64, shape: Shape, by: By) -> Result<f64> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-    let link = Link::new(listener.local_addr()?, shape)?;
+    let route = Route::new(listener.local_addr()?, Some(shape), by)?;
     let server = thread::spawn(move || {
         let (mut socket, _) = listener.accept()?;
         socket.read_exact(&mut [0])?;
@@ -25,7 +26,7 @@ pub(super) fn stream(size: u64, shape: Shape) -> Result<f64> {
         anyhow::Ok(())
     });
     let began = Instant::now();
-    let mut socket = TcpStream::connect(link.address())?;
+    let mut socket = TcpStream::connect(route.address())?;
     socket.write_all(&[1])?;
     let mut buffer = vec![0; STEP];
     let mut done = 0;

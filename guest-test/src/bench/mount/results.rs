@@ -8,6 +8,7 @@ use super::faults::{Faults, Processors};
 use super::link::Shape;
 use super::measure::Sample;
 use super::options::{FrontEnd, Way};
+use super::serial::Attaching;
 use crate::bench::figure::Spread;
 
 /// How far away the server is.
@@ -34,6 +35,9 @@ pub(super) struct Results {
     /// Of plain TCP, in MB a second.
     plain: BTreeMap<Distance, Vec<f64>>,
     faults: BTreeMap<Processors, Faults>,
+    attaching: Option<Attaching>,
+    /// In bits a chunk.
+    residency: Option<f64>,
 }
 
 /// A line of the table: its title, decimals, and values.
@@ -58,6 +62,14 @@ impl Distance {
     pub(super) fn shape(self, rate: f64) -> Option<Shape> {
         let round_trip = Duration::from_millis(self.round_trip()?);
         Some(Shape { round_trip, rate })
+    }
+
+    /// For programs.
+    pub(super) fn name(self) -> String {
+        match self {
+            Self::NextDoor => "next_door".to_owned(),
+            Self::RoundTrip(milliseconds) => format!("{milliseconds}ms"),
+        }
     }
 
     pub(super) fn round_trip(self) -> Option<u64> {
@@ -99,6 +111,25 @@ impl Results {
 
     pub(super) fn add_faults(&mut self, processors: Processors, faults: Faults) {
         self.faults.insert(processors, faults);
+    }
+
+    pub(super) fn add_attaching(&mut self, attaching: Attaching) {
+        self.attaching = Some(attaching);
+    }
+
+    pub(super) fn add_residency(&mut self, bits: f64) {
+        self.residency = Some(bits);
+    }
+
+    pub(super) fn residency(&self) -> Option<f64> {
+        self.residency
+    }
+
+    /// How long attaching a device takes, in milliseconds: ours, and the least.
+    pub(super) fn attaching(&self) -> Option<(f64, f64)> {
+        let attaching = self.attaching.as_ref()?;
+        let median = |values| percentile(values, 50.0);
+        Some((median(&attaching.ours)?, median(&attaching.least)?))
     }
 
     /// What a fault costs through a slice, in units of what it costs a bare loop.

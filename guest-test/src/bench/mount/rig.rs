@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -12,14 +12,16 @@ use anyhow::{Context, Result};
 use memferry::backend::MemoryStorage;
 use memferry::backend::nbd::{NbdUrl, Remote, RemoteOptions};
 use memferry::chunk::Storage;
-use memferry::frontend::nbd::{Export, Listener, Server, ServerOptions};
+use memferry::frontend::nbd::{Device, DeviceOptions, Export, Listener, Server, ServerOptions};
 use memferry::frontend::{FuseFile, FuseOptions, Slice, SliceOptions};
 use memferry::mount::{Managed, ManagedOptions};
 use tempfile::TempDir;
 
-use super::link::{Link, Shape};
+use super::link::Shape;
 use super::options::{FrontEnd, Way};
 use super::pattern::Pattern;
+use super::route::{By, Route};
+use super::serial::Serial;
 
 /// A region in the memory of this process, filled with a pattern.
 pub(super) fn region(size: u64, pattern: Pattern) -> Result<Arc<MemoryStorage>> {
@@ -49,8 +51,7 @@ pub(super) fn steps(size: u64) -> impl Iterator<Item = (u64, usize)> {
 #[derive(Debug)]
 pub(super) struct Far {
     server: Server,
-    address: SocketAddr,
-    _link: Option<Link>,
+    route: Route,
 }
 
 const EXPORT: &str = "region";
@@ -59,26 +60,22 @@ const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
 
 impl Far {
     /// Serves a region; without a shape, next door.
-    pub(super) fn serve(region: Arc<dyn Storage>, shape: Option<Shape>) -> Result<Self> {
+    pub(super) fn serve(region: Arc<dyn Storage>, shape: Option<Shape>, by: By) -> Result<Self> {
         let server = Server::new(ServerOptions::default());
         server.add(Export::new(EXPORT, region)?)?;
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-        let mut address = listener.local_addr()?;
+        let address = listener.local_addr()?;
         server.listen(Listener::Tcp(listener))?;
-        let link = shape.map(|shape| Link::new(address, shape)).transpose()?;
-        if let Some(link) = &link {
-            address = link.address();
-        }
         Ok(Self {
             server,
-            address,
-            _link: link,
+            route: Route::new(address, shape, by)?,
         })
     }
 
     /// The region as storage of this end.
     pub(super) fn connect(&self) -> Result<Remote> {
-        let url = NbdUrl::tcp(&self.address.ip().to_string(), self.address.port(), EXPORT)?;
+        let address = self.route.address();
+        let url = NbdUrl::tcp(&address.ip().to_string(), address.port(), EXPORT)?;
         Ok(Remote::connect(&url, &RemoteOptions::default())?)
     }
 }
@@ -105,10 +102,20 @@ enum Front {
         _place: TempDir,
     },
     Uffd(Slice),
+    Nbd {
+        file: File,
+        device: Device,
+    },
+    Serial {
+        file: File,
+        device: Serial,
+    },
 }
 
 /// For what was written and did not leave yet.
 const CLOSE_LIMIT: Duration = Duration::from_secs(60);
+/// What a device reads ahead, where nothing else does: as a file of ours, what 1 Gbit/s carries in a round trip of 30 ms.
+pub(super) const READ_AHEAD: u64 = 4 << 20;
 
 impl Mounted {
     /// Opens all of it: the connection, the mount, the file. Everything is as it is without options.
@@ -135,14 +142,18 @@ impl Mounted {
 
     pub(super) fn read(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         match &self.front_end {
-            Front::Fuse { file, .. } => file.read_exact_at(buf, offset),
+            Front::Fuse { file, .. } | Front::Nbd { file, .. } | Front::Serial { file, .. } => {
+                file.read_exact_at(buf, offset)
+            }
             Front::Uffd(slice) => slice.load(buf, offset),
         }
     }
 
     pub(super) fn write(&self, buf: &[u8], offset: u64) -> io::Result<()> {
         match &self.front_end {
-            Front::Fuse { file, .. } => file.write_all_at(buf, offset),
+            Front::Fuse { file, .. } | Front::Nbd { file, .. } | Front::Serial { file, .. } => {
+                file.write_all_at(buf, offset)
+            }
             Front::Uffd(slice) => slice.write_all_at(buf, offset),
         }
     }
@@ -150,7 +161,9 @@ impl Mounted {
     /// Returns when the server has everything.
     pub(super) fn sync(&self) -> io::Result<()> {
         match &self.front_end {
-            Front::Fuse { file, .. } => file.sync_all(),
+            Front::Fuse { file, .. } | Front::Nbd { file, .. } | Front::Serial { file, .. } => {
+                file.sync_all()
+            }
             Front::Uffd(slice) => slice.sync(),
         }
     }
@@ -162,6 +175,14 @@ impl Mounted {
                 mount.unmount()?;
             }
             Front::Uffd(slice) => drop(slice),
+            Front::Nbd { file, mut device } => {
+                drop(file);
+                device.detach(CLOSE_LIMIT)?;
+            }
+            Front::Serial { file, device } => {
+                drop(file);
+                drop(device);
+            }
         }
         if let Some(managed) = self.managed {
             managed.close(CLOSE_LIMIT)?;
@@ -183,6 +204,25 @@ impl Front {
                 })
             }
             FrontEnd::Uffd => Ok(Self::Uffd(Slice::new(storage, &SliceOptions::default())?)),
+            FrontEnd::Nbd => {
+                let options = DeviceOptions {
+                    read_ahead: Some(READ_AHEAD),
+                    ..DeviceOptions::default()
+                };
+                let device = Device::attach(storage, &options)?;
+                Ok(Self::Nbd {
+                    file: opened(device.path())?,
+                    device,
+                })
+            }
+            FrontEnd::NbdSerial => {
+                let device = Serial::attach(storage)?;
+                device.read_ahead()?;
+                Ok(Self::Serial {
+                    file: device.open()?,
+                    device,
+                })
+            }
         }
     }
 }
