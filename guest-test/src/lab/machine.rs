@@ -32,7 +32,7 @@ const KERNEL_OPTIONS: &str =
     "console=ttyS0 quiet panic=-1 oops=panic reboot=t mitigations=off random.trust_cpu=on";
 
 /// Old, so that little is emulated, but with a source of randomness, which a kernel waits for.
-const EMULATED: &str = "qemu64,+rdrand,+rdseed";
+const EMULATED: &str = "qemu64,+rdrand";
 
 /// Who reads what the program prints. Shared, because a boot that hangs is given up together with its reader.
 type Output = Arc<Mutex<Box<dyn Write + Send>>>;
