@@ -12,7 +12,7 @@ use super::lane::Lane;
 use super::order::Order;
 use super::tls::TlsConfig;
 use super::{ConnectError, NbdUrl, RemoteOptions};
-use crate::nbd::{BlockSizes, Errno, TransmissionFlags, limits};
+use crate::nbd::{BlockSizes, Errno, OptionError, TransmissionFlags, limits};
 
 /// How long a further connection may take to be made. Some servers take only so many, and let the next one wait in silence; what it was to
 /// carry goes over the others then, and it is not tried again for the longer time.
@@ -290,6 +290,9 @@ fn is_worth_another_try(error: &ConnectError) -> bool {
     match error {
         ConnectError::Connect { .. } => true,
         ConnectError::Lost(fault) => fault.is_of_the_connection(),
+        // A server that has just been started again may listen before it has its exports.
+        ConnectError::NoExport(_) => true,
+        ConnectError::Refused { error, .. } => *error == OptionError::Shutdown,
         _ => false,
     }
 }
