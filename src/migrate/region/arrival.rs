@@ -90,8 +90,7 @@ impl Install for Arrival {
     }
 
     fn write(&self, place: Place, data: &[u8]) -> io::Result<()> {
-        let local = &self.regions[place.region].local;
-        local.write_all_at(data, place.offset)?;
+        self.regions[place.region].write(place.offset, data)?;
         self.told(place, data.len() as u64);
         Ok(())
     }
@@ -165,18 +164,34 @@ impl Region {
         Ok(())
     }
 
+    /// Puts `data` over whatever is there, while nobody looks.
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.local.write_all_at(data, offset)?;
+        if let Some(absent) = &mut *lock(&self.absent) {
+            // It was discarded, and has come again.
+            absent.remove_run(touched(&(offset..offset + data.len() as u64)));
+        }
+        Ok(())
+    }
+
     /// What was discarded is remote from now on. Nobody may look before.
+    ///
+    /// Whoever finds that it was done already may rely on it: so the lock is held until it is. When it was let go of before, a second lane took
+    /// absent chunks for resident ones, dropped what came for them, and they were zeros.
     pub(in crate::migrate) fn mark_absent(&self) -> Result<(), RegionError> {
-        let Some(absent) = lock(&self.absent).take() else {
+        let mut absent = lock(&self.absent);
+        let Some(set) = absent.as_ref() else {
             return Ok(());
         };
         self.complete.store(false, Ordering::Release);
         let deadline = Instant::now() + self.patience;
-        let marked = self.residency.mark_remote(&absent, deadline);
+        let marked = self.residency.mark_remote(set, deadline);
         marked.map_err(|source| RegionError::Failed {
             what: "what is remote cannot be marked",
             source,
-        })
+        })?;
+        *absent = None;
+        Ok(())
     }
 
     /// Puts `data` where nothing is. What a program writes at the same moment counts, if it can be written.

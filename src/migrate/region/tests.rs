@@ -132,6 +132,55 @@ fn a_late_chunk_never_overwrites_a_newer_write() {
     assert_eq!(region.missing(), 0);
 }
 
+/// The first of several lanes marked what is absent, and the others did not wait for that: they took it for resident, dropped what they
+/// had, and a program read zeros.
+#[test]
+fn lanes_that_install_at_once_all_find_what_is_absent_marked() {
+    const LANES: u64 = 4;
+    const PAGES: u64 = 64;
+    for _ in 0..200 {
+        let region = region(LANES * PAGES * PAGE, Region::empty).with_patience(PATIENCE);
+        let region = Arc::new(region);
+        region.begin_to_come().unwrap();
+        let arrival = Arrival::new(vec![region.clone()], None).unwrap();
+        arrival.arm().unwrap();
+        arrival.discard(0, 0..region.len()).unwrap();
+        let barrier = std::sync::Barrier::new(LANES as usize + 1);
+        thread::scope(|scope| {
+            let (arrival, barrier) = (&arrival, &barrier);
+            for lane in 0..LANES {
+                scope.spawn(move || {
+                    barrier.wait();
+                    arrival
+                        .install(at(lane * PAGES * PAGE), &[7; 4096])
+                        .unwrap();
+                });
+            }
+            barrier.wait();
+            region.mark_absent().unwrap();
+            region.own();
+        });
+        assert_eq!(region.missing(), (LANES * PAGES - LANES) * PAGE);
+        for lane in 0..LANES {
+            assert_eq!(read(&region, lane * PAGES * PAGE, 1).unwrap(), [7]);
+        }
+    }
+}
+
+#[test]
+fn what_comes_again_after_it_was_discarded_is_here() {
+    let region = Arc::new(region(4 * PAGE, Region::empty).with_patience(SHORT));
+    region.begin_to_come().unwrap();
+    let arrival = Arrival::new(vec![region.clone()], None).unwrap();
+    arrival.arm().unwrap();
+    arrival.discard(0, 0..2 * PAGE).unwrap();
+    arrival.write(at(PAGE), &[7; 4096]).unwrap();
+    region.mark_absent().unwrap();
+    region.own();
+    assert_eq!(region.missing(), PAGE);
+    assert_eq!(read(&region, PAGE, 1).unwrap(), [7]);
+}
+
 #[test]
 fn a_write_of_a_part_waits_for_the_rest_of_its_chunk() {
     let (region, arrival) = remote(Arc::new(MemoryStorage::new(4 * PAGE)), PATIENCE);
