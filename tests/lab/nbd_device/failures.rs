@@ -153,7 +153,10 @@ fn end_connections(before: &[i32]) {
         .filter(|socket| !before.contains(socket))
     {
         let flags = rustix::process::PidfdGetfdFlags::empty();
-        let socket = rustix::process::pidfd_getfd(&me, socket, flags).unwrap();
+        // One that died before may be closed by now, because it was replaced.
+        let Ok(socket) = rustix::process::pidfd_getfd(&me, socket, flags) else {
+            continue;
+        };
         // Fails on that which the kernel is talked to with.
         let _ended = rustix::net::shutdown(&socket, rustix::net::Shutdown::Both);
     }
