@@ -145,7 +145,8 @@ fn lanes_that_install_at_once_all_find_what_is_absent_marked() {
         let arrival = Arrival::new(vec![region.clone()], None).unwrap();
         arrival.arm().unwrap();
         arrival.discard(0, 0..region.len()).unwrap();
-        let barrier = std::sync::Barrier::new(LANES as usize + 1);
+        let lanes = usize::try_from(LANES).unwrap();
+        let barrier = std::sync::Barrier::new(lanes + 1);
         thread::scope(|scope| {
             let (arrival, barrier) = (&arrival, &barrier);
             for lane in 0..LANES {
