@@ -69,7 +69,7 @@ impl fmt::Display for FrontEnd {
 /// What to measure.
 #[derive(Debug, Clone, Args)]
 pub struct MountOptions {
-    /// A smoke test of about a minute: one run, round trips of 0 and 30 ms, 128 MiB
+    /// A smoke test of about a minute: one run, round trips of 0 and 30 ms
     #[arg(long)]
     pub(super) quick: bool,
     /// One JSON line a measurement on standard output; the table goes to standard error
@@ -87,9 +87,9 @@ pub struct MountOptions {
     /// What the link carries each way, in Mbit a second
     #[arg(long, value_name = "MBIT", default_value_t = 1000)]
     pub(super) rate: u64,
-    /// The region's size in MiB [default: 256, with --quick 128]
-    #[arg(long, value_name = "MIB")]
-    pub(super) size: Option<u64>,
+    /// The region's size in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 256)]
+    pub(super) size: u64,
     /// Have the kernel make the link: netem on the loopback interface, which everybody on this machine then has
     #[arg(long)]
     pub(super) netem: bool,
@@ -137,7 +137,7 @@ impl Plan {
                 vec![0, 1, 5, 10, 30, 100]
             }
         });
-        let size = options.size.unwrap_or(if quick { 128 } else { 256 });
+        let size = options.size;
         ensure!(
             (8..=1 << 20).contains(&size),
             "a region of {size} MiB tells nothing, or does not fit into memory (--size)"
