@@ -106,9 +106,15 @@ fn steps() -> Vec<Step> {
             ])
         }),
         step("without the default features", |_| {
-            let library = ["clippy", "-p", "memferry", "--lib", "--bins"];
-            let without = ["--no-default-features", "--", "-D", "warnings"];
-            Ok(vec![cargo(&[&library[..], &without].concat())])
+            let clippy = ["clippy", "-p", "memferry", "--no-default-features"];
+            let with =
+                |more: &[&str]| cargo(&[&clippy[..], more, &["--", "-D", "warnings"]].concat());
+            // The command shows regions in one way at least.
+            Ok(vec![
+                with(&["--lib"]),
+                with(&["--lib", "--bins", "--features", "fuse"]),
+                with(&["--lib", "--bins", "--features", "nbd-device"]),
+            ])
         }),
         step("spelling", |machine| {
             let typos = machine.tool("typos", Origin::Pip)?;
@@ -167,6 +173,8 @@ fn steps() -> Vec<Step> {
                 "privileged",
                 "--",
                 "--include-ignored",
+                "--skip",
+                "measure",
             ])])
         }),
         step("guest tests", |machine| {
@@ -188,7 +196,8 @@ fn steps() -> Vec<Step> {
             machine.test("foreign")?;
             packages::ensure(&packages::FOREIGN).map_err(|reason| format!("{reason:#}"))?;
             let ignored = ["--test", "foreign", "--", "--include-ignored"];
-            Ok(vec![cargo(&[&["test"], &ignored[..]].concat())])
+            let rest = ["--skip", "measure"];
+            Ok(vec![cargo(&[&["test"], &ignored[..], &rest].concat())])
         }),
         step("lab tests", |_| lab(&["--all", "--with", "fio"])),
         // What is done where a kernel lacks something.

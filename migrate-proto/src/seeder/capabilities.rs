@@ -7,7 +7,7 @@ use crate::converge::Micros;
 use crate::error::ProtocolError;
 
 impl Seeder {
-    /// Digests of `count` chunks from `first` on came as the payload of [`Message::Offer`].
+    /// Digests of `count` chunks from `first` on came as the payload of [`Message::Offer`](crate::Message::Offer).
     ///
     /// # Errors
     /// As for [`handle_message`](Self::handle_message).

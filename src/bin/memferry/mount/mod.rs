@@ -1,5 +1,8 @@
 //! `memferry mount`.
 
+#[cfg(not(any(feature = "fuse", feature = "nbd-device")))]
+compile_error!("the command needs a way to show regions: the feature `fuse` or `nbd-device`");
+
 mod ending;
 mod exec;
 mod place;

@@ -1,8 +1,10 @@
 //! Where the region is seen: a file, or a block device.
 
+#[cfg(feature = "fuse")]
 use std::fs::OpenOptions;
 use std::path::{Path, PathBuf};
 
+#[cfg(feature = "fuse")]
 use anyhow::Context;
 
 use super::Mount;
@@ -26,12 +28,14 @@ pub(super) enum Place {
 }
 
 /// What was made to mount on, removed when it is dropped.
+#[cfg(feature = "fuse")]
 #[derive(Default)]
 pub(super) struct Made {
     file: Option<PathBuf>,
     folder: Option<PathBuf>,
 }
 
+#[cfg(feature = "fuse")]
 impl Drop for Made {
     fn drop(&mut self) {
         // What is not empty, or still mounted on, is not ours to remove.
