@@ -30,6 +30,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use arrival::Absent;
 pub(super) use arrival::{Arrival, OnChunk};
 use door::{Door, Mode};
 use swept::Swept;
@@ -68,8 +69,8 @@ pub struct Region {
     door: Door,
     /// Nothing is remote: nobody needs to look at the residency.
     complete: AtomicBool,
-    /// What is to be remote, while nobody may look: made absent at once, and marked when the door is about to open.
-    absent: Mutex<Option<ChunkBitmap>>,
+    /// Held while what is absent changes, so that nobody relies on half of it.
+    absent: Mutex<Absent>,
     standing: Mutex<Held>,
     /// Who uses it has been suspended: nothing is written back any more but by who suspends.
     still: AtomicBool,
@@ -223,7 +224,7 @@ impl Region {
             residency: Residency::all_resident(units).reporting_faults()?,
             door: Door::new(mode),
             complete: AtomicBool::new(true),
-            absent: Mutex::new(None),
+            absent: Mutex::new(Absent::Unknown),
             standing: Mutex::new(Held {
                 standing,
                 busy: false,
@@ -517,7 +518,7 @@ impl Region {
         let everything = self.residency.fill(self.residency.all_chunks());
         everything.done();
         self.residency.refuse(None);
-        *lock(&self.absent) = None;
+        *lock(&self.absent) = Absent::Unknown;
         let mut held = self.held();
         held.busy = false;
         held.old = true;

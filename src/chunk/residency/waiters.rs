@@ -196,7 +196,12 @@ impl Waiters {
 
     /// Who waits for a chunk that is remote is told `error`, now and from now on; `None` takes it back.
     pub(super) fn refuse(&self, error: Option<io::Error>) {
+        let refuses = error.is_some();
         *lock(&self.refused) = error;
+        if refuses {
+            // Nobody brings what was asked for.
+            self.take_faults(&mut Vec::new());
+        }
         self.wake_all();
     }
 
@@ -214,6 +219,7 @@ impl Waiters {
     pub(super) fn request(&self, chunks: &[ChunkIndex]) {
         if let Some(faults) = &self.faults
             && !chunks.is_empty()
+            && lock(&self.refused).is_none()
         {
             lock(&faults.chunks).extend(chunks);
             // Fails only if it is signalled more often than it can count, and so is signalled.

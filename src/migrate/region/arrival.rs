@@ -149,27 +149,55 @@ impl Install for Arrival {
     }
 }
 
+/// What of a region is to be remote.
+#[derive(Debug)]
+pub(super) enum Absent {
+    /// Nothing: what is discarded is zeros that are here.
+    Unknown,
+    /// This, as soon as somebody has to know. Nobody looks at the region before.
+    Pending(ChunkBitmap),
+    /// What the residency says.
+    Marked,
+}
+
 impl Region {
     /// From now on what is discarded is remote.
     fn arm(&self) {
+        // What was asked for in an earlier session and did not come: nobody waits for it any more.
+        self.residency.take_faults(&mut Vec::new());
         let units = self.residency.chunks();
-        lock(&self.absent).get_or_insert_with(|| ChunkBitmap::empty(units));
+        *lock(&self.absent) = Absent::Pending(ChunkBitmap::empty(units));
     }
 
     fn discard(&self, range: Range<u64>) -> io::Result<()> {
+        let mut absent = lock(&self.absent);
         self.local.zero(range.clone())?;
-        if let Some(absent) = &mut *lock(&self.absent) {
-            absent.insert_run(touched(&range));
+        match &mut *absent {
+            Absent::Unknown => Ok(()),
+            Absent::Pending(set) => {
+                set.insert_run(touched(&range));
+                Ok(())
+            }
+            Absent::Marked => {
+                let mut set = ChunkBitmap::empty(self.residency.chunks());
+                set.insert_run(touched(&range));
+                self.mark_remote(&set)
+            }
         }
-        Ok(())
     }
 
     /// Puts `data` over whatever is there, while nobody looks.
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        let mut absent = lock(&self.absent);
         self.local.write_all_at(data, offset)?;
-        if let Some(absent) = &mut *lock(&self.absent) {
+        let run = touched(&(offset..offset + data.len() as u64));
+        match &mut *absent {
+            Absent::Unknown => {}
             // It was discarded, and has come again.
-            absent.remove_run(touched(&(offset..offset + data.len() as u64)));
+            Absent::Pending(set) => set.remove_run(run),
+            Absent::Marked => {
+                self.residency.fill(run).done();
+            }
         }
         Ok(())
     }
@@ -180,18 +208,22 @@ impl Region {
     /// absent chunks for resident ones, dropped what came for them, and they were zeros.
     pub(in crate::migrate) fn mark_absent(&self) -> Result<(), RegionError> {
         let mut absent = lock(&self.absent);
-        let Some(set) = absent.as_ref() else {
+        let Absent::Pending(set) = &*absent else {
             return Ok(());
         };
         self.complete.store(false, Ordering::Release);
-        let deadline = Instant::now() + self.patience;
-        let marked = self.residency.mark_remote(set, deadline);
-        marked.map_err(|source| RegionError::Failed {
-            what: "what is remote cannot be marked",
-            source,
-        })?;
-        *absent = None;
+        self.mark_remote(set)
+            .map_err(|source| RegionError::Failed {
+                what: "what is remote cannot be marked",
+                source,
+            })?;
+        *absent = Absent::Marked;
         Ok(())
+    }
+
+    fn mark_remote(&self, set: &ChunkBitmap) -> io::Result<()> {
+        self.residency
+            .mark_remote(set, Instant::now() + self.patience)
     }
 
     /// Puts `data` where nothing is. What a program writes at the same moment counts, if it can be written.
@@ -243,7 +275,7 @@ impl Region {
 
     /// Everything is here but what is zero; or nothing of it matters, and nobody may look.
     fn disarm(&self) {
-        *lock(&self.absent) = None;
+        *lock(&self.absent) = Absent::Unknown;
         if !self.held().owned {
             return;
         }

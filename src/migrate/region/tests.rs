@@ -168,6 +168,42 @@ fn lanes_that_install_at_once_all_find_what_is_absent_marked() {
     }
 }
 
+/// A fault that an earlier session left in the queue, or one that came early, had what was absent marked before the last of it was
+/// discarded; the rest was zeros that seemed to be here.
+#[test]
+fn what_is_discarded_after_something_was_installed_is_remote_too() {
+    let region = Arc::new(region(4 * PAGE, Region::empty).with_patience(SHORT));
+    region.begin_to_come().unwrap();
+    let arrival = Arrival::new(vec![region.clone()], None).unwrap();
+    arrival.write(at(0), &[5; 4 * 4096]).unwrap();
+    arrival.arm().unwrap();
+    arrival.discard(0, 0..PAGE).unwrap();
+    arrival.install(at(0), &[6; 4096]).unwrap();
+    arrival.discard(0, 0..2 * PAGE).unwrap();
+    arrival.install(at(0), &[7; 4096]).unwrap();
+    region.mark_absent().unwrap();
+    region.own();
+    assert_eq!(region.missing(), PAGE);
+    assert_eq!(read(&region, 0, 1).unwrap(), [7]);
+    let error = read(&region, PAGE, 1).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    assert_eq!(read(&region, 2 * PAGE, 1).unwrap(), [5]);
+}
+
+#[test]
+fn what_was_asked_for_in_vain_is_forgotten() {
+    let (region, arrival) = remote(Arc::new(MemoryStorage::new(64 * PAGE)), SHORT);
+    let mut faults = Vec::new();
+    read(&region, 0, 2 * 4096).unwrap_err();
+    region.lose();
+    arrival.faults(&mut faults).unwrap();
+    assert_eq!(faults, []);
+    // Nobody brings what is asked for now.
+    read(&region, 0, 60 * 4096).unwrap_err();
+    arrival.faults(&mut faults).unwrap();
+    assert_eq!(faults, []);
+}
+
 #[test]
 fn what_comes_again_after_it_was_discarded_is_here() {
     let region = Arc::new(region(4 * PAGE, Region::empty).with_patience(SHORT));
