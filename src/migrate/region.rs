@@ -35,7 +35,7 @@ pub(super) use arrival::{Arrival, OnChunk};
 use door::{Door, Mode};
 use swept::Swept;
 
-use crate::chunk::{Caches, ChunkBitmap, ChunkSize, ChunkState, Residency, Storage};
+use crate::chunk::{Caches, ChunkSize, ChunkState, Residency, Storage};
 use crate::dirty::{DirtyTracker, Tracked, Union};
 
 /// The unit in which presence is kept, whatever the chunks of a session: the least that a chunk can be, so that a page that is

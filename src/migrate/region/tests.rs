@@ -4,7 +4,7 @@ use std::thread;
 
 use super::*;
 use crate::backend::MemoryStorage;
-use crate::chunk::{Fault, Faulty, Install, Operation, Place};
+use crate::chunk::{ChunkBitmap, Fault, Faulty, Install, Operation, Place};
 
 const PAGE: u64 = 4096;
 const SHORT: Duration = Duration::from_millis(30);
