@@ -291,6 +291,23 @@ fn a_direct_mount_tells_once_that_a_server_that_was_killed_may_have_lost_writes(
 
 #[test]
 #[ignore = "privileged: needs root and /dev/fuse"]
+fn a_direct_mount_that_ends_after_a_loss_tells_it_by_3() {
+    // The sync at its end was told of the loss, and tried again until it heard nothing of it.
+    let mut served = Served::new();
+    let mounted = served.mount(&["--direct"]);
+    let file = mounted.open();
+    file.write_all_at(&[7; 4096], 0).unwrap();
+    // Not `sync_all`, which would have the server flush.
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    wait_until("the server has it", || served.disk()[..4096] == [7; 4096]);
+    served.kill();
+    served.start();
+    drop(file);
+    assert_eq!(mounted.end(), Some(3));
+}
+
+#[test]
+#[ignore = "privileged: needs root and /dev/fuse"]
 fn a_mount_that_was_killed_leaves_nobody_hanging_and_can_be_mounted_again() {
     let served = Served::new();
     let mut mounted = served.mount(&["--direct"]);

@@ -1,8 +1,8 @@
 //! Ending a mount: what was written is saved, then the mount taken away; or, if the user insists, the other way round.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -53,10 +53,12 @@ impl<'a> Ending<'a> {
         }
         let forced = Arc::new(AtomicBool::new(false));
         // Not waited for once it is forced: it may be waiting for a server that is away.
+        let unsaved = Arc::new(Mutex::new(None));
         let unmounting = {
             let (place, forced, output) =
                 (Arc::clone(&self.place), Arc::clone(&forced), self.output);
-            std::thread::spawn(move || unmount(&place, &forced, output))
+            let unsaved = Arc::clone(&unsaved);
+            std::thread::spawn(move || unmount(&place, &forced, &unsaved, output))
         };
         while !unmounting.is_finished() {
             match signal.recv_timeout(Duration::from_millis(20)) {
@@ -77,11 +79,16 @@ impl<'a> Ending<'a> {
             self.place.force();
         }
         drop(self.place);
-        self.region.close(if forced {
-            FORCED
-        } else {
-            PATIENCE.max(deadline)
-        })
+        let deadline = match forced {
+            true => FORCED,
+            false => PATIENCE.max(deadline),
+        };
+        // A value that is only ever replaced.
+        let unsaved = unsaved
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        self.region.close(deadline, unsaved)
     }
 
     fn say_what_is_at_stake(&self) {
@@ -98,8 +105,13 @@ impl<'a> Ending<'a> {
     }
 }
 
-/// Unmounts, however long it takes, unless it is forced.
-fn unmount(place: &Place, forced: &AtomicBool, output: Output) -> bool {
+/// Unmounts, however long it takes, unless it is forced. Leaves in `unsaved` why the kernel could not save something: it says so once.
+fn unmount(
+    place: &Place,
+    forced: &AtomicBool,
+    unsaved: &Mutex<Option<anyhow::Error>>,
+    output: Output,
+) -> bool {
     let mut said = String::new();
     let until = Instant::now() + PATIENCE;
     loop {
@@ -107,6 +119,17 @@ fn unmount(place: &Place, forced: &AtomicBool, output: Output) -> bool {
             Ok(()) => return true,
             Err(Held::Busy(why)) => why,
             Err(Held::Failed(error)) => format!("{error:#}"),
+            Err(Held::Unsaved { error, is_final }) => {
+                let why = format!("{error:#}");
+                unsaved
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .get_or_insert(error);
+                if is_final {
+                    return false;
+                }
+                why
+            }
         };
         if forced.load(Ordering::Relaxed) || Instant::now() >= until {
             return false;

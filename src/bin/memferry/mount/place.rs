@@ -53,8 +53,14 @@ impl Drop for Made {
 pub(super) enum Held {
     /// Somebody uses it.
     Busy(String),
-    /// What was written cannot be saved at the moment, or something else.
+    /// Something else, which may go well another time.
     Failed(anyhow::Error),
+    /// What was written could not be saved.
+    Unsaved {
+        error: anyhow::Error,
+        /// Whether it will be said at every further attempt, too.
+        is_final: bool,
+    },
 }
 
 impl Place {
@@ -100,6 +106,10 @@ impl Place {
                 match device.detach(limit) {
                     Ok(()) | Err(DetachError::Detached { .. }) => Ok(()),
                     Err(error @ DetachError::Busy { .. }) => Err(Held::Busy(error.to_string())),
+                    Err(error @ DetachError::Unsaved { .. }) => Err(Held::Unsaved {
+                        error: error.into(),
+                        is_final: true,
+                    }),
                     Err(error) => Err(Held::Failed(error.into())),
                 }
             }
@@ -133,9 +143,19 @@ fn unmount_file(file: &memferry::frontend::FuseFile, root: &Path) -> Result<(), 
     if file.has_ended() {
         return Ok(());
     }
-    file.sync()
-        .context("cannot save what was written to the file")
-        .map_err(Held::Failed)?;
+    if let Err(error) = file.sync() {
+        // Somebody has unmounted it meanwhile, and had the kernel write it back.
+        let is_gone = error.kind() == std::io::ErrorKind::NotConnected;
+        let error = anyhow::Error::new(error).context("cannot save what was written to the file");
+        return Err(match is_gone {
+            true => Held::Failed(error),
+            // The kernel says each loss once; the next attempt may well succeed.
+            false => Held::Unsaved {
+                error,
+                is_final: false,
+            },
+        });
+    }
     match file.unmount() {
         Ok(()) => Ok(()),
         Err(error @ FuseUnmountError::Busy { .. }) => {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use memferry::backend::nbd::{Remote, RemoteOptions, TlsOptions};
+use memferry::backend::nbd::{DoubtfulWrites, Remote, RemoteOptions, TlsOptions};
 use memferry::backend::{FileStorage, MemoryStorage};
 use memferry::chunk::Storage;
 use memferry::mount::{CloseError, Managed, ManagedOptions, MountProgress, Push};
@@ -132,11 +132,28 @@ impl Region {
         self.managed.as_ref().map(|managed| managed.progress())
     }
 
-    /// Saves what was written; nothing can be written after that.
-    pub(super) fn close(&self, deadline: Duration) -> anyhow::Result<()> {
+    /// Saves what was written; nothing can be written after that. `unsaved` is why an earlier attempt of the kernel to save it failed.
+    ///
+    /// # Errors
+    /// [`Lost`] or [`Unsaved`].
+    pub(super) fn close(
+        &self,
+        deadline: Duration,
+        unsaved: Option<anyhow::Error>,
+    ) -> anyhow::Result<()> {
         let Some(managed) = &self.managed else {
-            return self.remote.flush().map_err(|source| Lost(source).into());
+            self.remote.flush().map_err(Lost)?;
+            // Each loss is told once, and it may have been told to the kernel.
+            let ranges = self.remote.take_doubtful();
+            if !ranges.is_empty() {
+                return Err(Lost(io::Error::other(DoubtfulWrites { ranges })).into());
+            }
+            return match unsaved {
+                Some(error) => Err(Lost(io::Error::other(error)).into()),
+                None => Ok(()),
+            };
         };
+        // What the kernel has brought it has still, and saves now.
         match managed.close(deadline) {
             Ok(()) => Ok(()),
             Err(error) => {
