@@ -60,16 +60,17 @@ struct State {
     flushes: u64,
     /// How often writes became doubtful.
     losses: u64,
+    /// In the order of the flushes, not always in that of the connections.
     unflushed: Vec<Generation>,
     doubtful: Ranges,
 }
 
-/// Writes that were acknowledged between two events.
+/// Writes that were told of between two flushes, and acknowledged after the same number of connections.
 #[derive(Debug)]
 struct Generation {
-    /// How many connections there had been by then.
+    /// How many connections there had been before the first was acknowledged, at least.
     connections: u64,
-    /// How many flushes had begun.
+    /// How many flushes had begun when the last was told of, at least.
     flushes: u64,
     written: Ranges,
 }
@@ -100,28 +101,37 @@ impl Doubt {
         state.connections
     }
 
-    /// A write was acknowledged.
-    pub(super) fn wrote(&self, range: Range<u64>) {
+    /// How many connections there have been: to be asked before what may be acknowledged.
+    pub(super) fn connections(&self) -> u64 {
+        self.lock().connections
+    }
+
+    /// A write was acknowledged, all parts of it after there had been so many `connections`. More may have come since; that they are there
+    /// says nothing of this write.
+    pub(super) fn wrote(&self, range: Range<u64>, connections: u64) {
         let mut state = self.lock();
         state.doubtful.remove(range.clone());
-        let now = (state.connections, state.flushes);
-        match state.unflushed.last_mut() {
-            Some(last) if (last.connections, last.flushes) == now => last.written.add(range),
-            _ => {
+        let flushes = state.flushes;
+        let connections = connections.min(state.connections);
+        let same = |one: &&mut Generation| (one.connections, one.flushes) == (connections, flushes);
+        match state.unflushed.iter_mut().rev().find(same) {
+            Some(generation) => generation.written.add(range),
+            None => {
                 let mut written = Ranges::default();
                 written.add(range);
                 state.unflushed.push(Generation {
-                    connections: now.0,
-                    flushes: now.1,
+                    connections,
+                    flushes,
                     written,
                 });
             }
         }
         if state.unflushed.len() > GENERATIONS {
             // To be older than one is, and flushed later than one was, is to err on the safe side.
-            let oldest = state.unflushed.remove(0);
-            state.unflushed[0].connections = oldest.connections;
-            state.unflushed[0].written.extend(oldest.written);
+            let first = state.unflushed.remove(0);
+            let next = &mut state.unflushed[0];
+            next.connections = next.connections.min(first.connections);
+            next.written.extend(first.written);
         }
     }
 
@@ -209,13 +219,18 @@ mod tests {
         Err(DoubtfulWrites { ranges })
     }
 
+    /// A write that was acknowledged after all connections so far.
+    fn wrote(doubt: &Doubt, range: Range<u64>) {
+        doubt.wrote(range, doubt.connections());
+    }
+
     #[test]
     fn a_flush_over_a_connection_that_was_there_before_covers_a_write() {
         let doubt = Doubt::new();
         let first = doubt.connected();
-        doubt.wrote(0..10);
+        wrote(&doubt, 0..10);
         let second = doubt.connected();
-        doubt.wrote(20..30);
+        wrote(&doubt, 20..30);
         let begun = doubt.begin_flush().unwrap();
         assert_eq!(doubt.flushed(begun, first, LEN), Ok(()));
         assert!(doubt.begin_flush().is_none());
@@ -226,17 +241,17 @@ mod tests {
     fn what_was_written_before_the_connection_of_the_flush_is_doubtful_once() {
         let doubt = Doubt::new();
         doubt.connected();
-        doubt.wrote(0..10);
-        doubt.wrote(50..60);
+        wrote(&doubt, 0..10);
+        wrote(&doubt, 50..60);
         let second = doubt.connected();
-        doubt.wrote(8..20);
+        wrote(&doubt, 8..20);
         let begun = doubt.begin_flush().unwrap();
         assert_eq!(doubt.flushed(begun, second, LEN), doubtful([0..10, 50..60]));
-        doubt.wrote(100..110);
+        wrote(&doubt, 100..110);
         let begun = doubt.begin_flush().unwrap();
         assert_eq!(doubt.flushed(begun, second, LEN), Ok(()));
         // Who writes anew what is doubtful need not take it.
-        doubt.wrote(0..10);
+        wrote(&doubt, 0..10);
         assert_eq!(doubt.take(LEN), [50..60]);
         assert_eq!(doubt.take(LEN), []);
     }
@@ -245,9 +260,9 @@ mod tests {
     fn what_is_written_during_a_flush_is_left_to_the_next() {
         let doubt = Doubt::new();
         let first = doubt.connected();
-        doubt.wrote(0..10);
+        wrote(&doubt, 0..10);
         let begun = doubt.begin_flush().unwrap();
-        doubt.wrote(20..30);
+        wrote(&doubt, 20..30);
         assert_eq!(doubt.flushed(begun, first, LEN), Ok(()));
         let second = doubt.connected();
         let begun = doubt.begin_flush().unwrap();
@@ -259,7 +274,7 @@ mod tests {
         // The second found nothing left to be covered, and returned success for bytes that were lost.
         let doubt = Doubt::new();
         doubt.connected();
-        doubt.wrote(0..10);
+        wrote(&doubt, 0..10);
         let (one, two) = (doubt.begin_flush().unwrap(), doubt.begin_flush().unwrap());
         let second = doubt.connected();
         assert_eq!(doubt.flushed(one, second, LEN), doubtful([0..10]));
@@ -270,14 +285,42 @@ mod tests {
     fn a_flush_that_the_server_failed_is_not_made_good_by_the_next() {
         let doubt = Doubt::new();
         let first = doubt.connected();
-        doubt.wrote(0..10);
+        wrote(&doubt, 0..10);
         let begun = doubt.begin_flush().unwrap();
         assert_eq!(Err(doubt.failed(begun, LEN)), doubtful([0..10]));
         assert!(doubt.begin_flush().is_none());
-        doubt.wrote(20..30);
+        wrote(&doubt, 20..30);
         let begun = doubt.begin_flush().unwrap();
         assert_eq!(doubt.flushed(begun, first, LEN), Ok(()));
         assert_eq!(doubt.take(LEN), [0..10]);
+    }
+
+    #[test]
+    fn a_write_is_as_old_as_its_first_part_however_late_it_is_told_of() {
+        let doubt = Doubt::new();
+        let first = doubt.connected();
+        let second = doubt.connected();
+        wrote(&doubt, 0..10);
+        doubt.wrote(20..30, first);
+        wrote(&doubt, 40..50);
+        let begun = doubt.begin_flush().unwrap();
+        assert_eq!(doubt.flushed(begun, second, LEN), doubtful([20..30]));
+    }
+
+    #[test]
+    fn generations_that_come_out_of_order_are_joined_on_the_safe_side() {
+        let doubt = Doubt::new();
+        for _ in 0..200 {
+            doubt.connected();
+        }
+        for at in 0..200 {
+            doubt.wrote(at * 2..at * 2 + 1, 200 - at);
+        }
+        let begun = doubt.begin_flush().unwrap();
+        let Err(told) = doubt.flushed(begun, 199, LEN) else {
+            panic!("bytes of 198 connections were taken for durable")
+        };
+        assert!(told.ranges.len() >= 198);
     }
 
     #[test]
@@ -285,7 +328,7 @@ mod tests {
         let doubt = Doubt::new();
         for at in 0..200 {
             doubt.connected();
-            doubt.wrote(at * 2..at * 2 + 1);
+            wrote(&doubt, at * 2..at * 2 + 1);
         }
         let begun = doubt.begin_flush().unwrap();
         let Err(told) = doubt.flushed(begun, 199, LEN) else {

@@ -52,6 +52,15 @@ pub struct Remote {
     pub(super) doubt: Doubt,
 }
 
+/// When requests were carried out, in the order in which connections are made.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct CarriedOut {
+    /// Which connection the last answer came over.
+    pub(super) born: u64,
+    /// How many connections there had been before the first answer, at least: any of these has been there since before all answers.
+    pub(super) connections: u64,
+}
+
 /// Which connections an operation may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Path {
@@ -194,14 +203,17 @@ impl Remote {
         path: Path,
         window: usize,
         calls: &mut [Call<'_>],
-    ) -> io::Result<u64> {
+    ) -> io::Result<CarriedOut> {
         let patience = self.options.deadline;
         let mut deadline = Instant::now() + patience;
         let mut rest = calls;
+        let mut connections = u64::MAX;
         loop {
             let lane = self.lane(path);
             let _using = lane.choose();
             let connection = self.connection(lane, deadline)?;
+            // Once for each connection: answers of one that is lost stay, and those who come after it know nothing of them.
+            let before = self.doubt.connections();
             let left = deadline.saturating_duration_since(Instant::now());
             let result = connection.run(rest, window, left);
             // A server that is about to go away is asked again, as one that has gone.
@@ -214,11 +226,15 @@ impl Remote {
             let answered = rest.partition_point(|call| call.outcome.is_some());
             if answered > 0 {
                 deadline = Instant::now() + patience;
+                connections = connections.min(before);
             }
             let all = rest;
             rest = &mut all[answered..];
             if rest.is_empty() {
-                return Ok(connection.born);
+                return Ok(CarriedOut {
+                    born: connection.born,
+                    connections,
+                });
             }
             match result {
                 Err(fault) if !fault.is_of_the_connection() || Instant::now() >= deadline => {

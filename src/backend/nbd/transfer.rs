@@ -6,7 +6,7 @@ use std::thread;
 use std::time::Instant;
 
 use super::call::{Body, Call};
-use super::remote::{Path, Remote};
+use super::remote::{CarriedOut, Path, Remote};
 use crate::chunk::Storage;
 use crate::nbd::{Command, CommandFlags, Errno, Extent, StatusFlags, TransmissionFlags};
 
@@ -69,7 +69,7 @@ impl Remote {
             return self.read_blocks(buf, offset, path);
         }
         if buf.len() <= self.piece().min(URGENT) {
-            return self.one(path, read_call(buf, offset));
+            return self.one(path, read_call(buf, offset)).map(drop);
         }
         let ways = self.ways(buf.len(), path);
         if ways <= 1 {
@@ -84,7 +84,7 @@ impl Remote {
                     scope.spawn(move || self.read_pieces(part, offset, path, window))
                 })
                 .collect();
-            join_all(parts)
+            join_all(parts).map(drop)
         })
     }
 
@@ -96,10 +96,11 @@ impl Remote {
         }
     }
 
-    fn one(&self, path: Path, call: Call<'_>) -> io::Result<()> {
+    fn one(&self, path: Path, call: Call<'_>) -> io::Result<CarriedOut> {
         let calls = &mut [call];
-        self.carry_out(path, usize::MAX, calls)?;
-        result_of(calls)
+        let done = self.carry_out(path, usize::MAX, calls)?;
+        result_of(calls)?;
+        Ok(done)
     }
 
     fn read_pieces(
@@ -192,7 +193,7 @@ impl Remote {
         }
         last[..for_tail.len()].copy_from_slice(for_tail);
 
-        self.write_parts(
+        let connections = self.write_parts(
             &[
                 (&first, head.start),
                 (inside, middle.start),
@@ -200,11 +201,12 @@ impl Remote {
             ],
             path,
         )?;
-        self.wrote(range);
+        self.wrote(range, connections);
         Ok(())
     }
 
-    fn write_parts(&self, parts: &[(&[u8], u64)], path: Path) -> io::Result<()> {
+    /// Returns how many connections there had been before the first answer, as all that write do.
+    fn write_parts(&self, parts: &[(&[u8], u64)], path: Path) -> io::Result<u64> {
         let piece = self.piece();
         let ways = parts
             .iter()
@@ -221,7 +223,7 @@ impl Remote {
         if ways <= 1 {
             // The common case, which allocates nothing.
             if let (Some(call), None) = (calls.next(), calls.next()) {
-                return self.one(path, call);
+                return Ok(self.one(path, call)?.connections);
             }
         }
         let mut calls: Vec<Call<'_>> = parts
@@ -236,25 +238,25 @@ impl Remote {
         self.spread(&mut calls, ways.max(1), path)
     }
 
-    /// Has requests carried out over so many connections.
-    fn spread(&self, calls: &mut [Call<'_>], ways: usize, path: Path) -> io::Result<()> {
+    /// Has requests that write carried out over so many connections.
+    fn spread(&self, calls: &mut [Call<'_>], ways: usize, path: Path) -> io::Result<u64> {
         let window = self.options.window / ways;
         let share = calls.len().div_ceil(ways).max(1);
+        let carry_out = |calls: &mut [Call<'_>]| {
+            let done = self.carry_out(path, window, calls)?;
+            result_of(calls)?;
+            Ok(done.connections)
+        };
         if ways == 1 {
-            self.carry_out(path, window, calls)?;
-            return result_of(calls);
+            return carry_out(calls);
         }
         thread::scope(|scope| {
             let parts: Vec<_> = calls
                 .chunks_mut(share)
-                .map(|part| {
-                    scope.spawn(move || {
-                        self.carry_out(path, window, part)?;
-                        result_of(part)
-                    })
-                })
+                .map(|part| scope.spawn(move || carry_out(part)))
                 .collect();
-            join_all(parts)
+            let connections = join_all(parts)?;
+            Ok(connections.into_iter().min().unwrap_or(0))
         })
     }
 
@@ -267,14 +269,14 @@ impl Remote {
         !self.has(TransmissionFlags::SEND_FLUSH) && self.has(TransmissionFlags::SEND_FUA)
     }
 
-    fn wrote(&self, range: Range<u64>) {
+    fn wrote(&self, range: Range<u64>, connections: u64) {
         if !self.writes_through() {
-            self.doubt.wrote(range);
+            self.doubt.wrote(range, connections);
         }
     }
 
     /// Zeroes whole blocks by the command for it.
-    fn zero_blocks(&self, range: Range<u64>) -> io::Result<()> {
+    fn zero_blocks(&self, range: Range<u64>) -> io::Result<u64> {
         let flags = self.write_flags();
         let piece = u64::from(ZERO_PIECE);
         let mut calls: Vec<Call<'_>> = steps(range, piece)
@@ -285,20 +287,22 @@ impl Remote {
                 call
             })
             .collect();
-        self.carry_out(Path::Bulk, usize::MAX, &mut calls)?;
-        result_of(&calls)
+        let done = self.carry_out(Path::Bulk, usize::MAX, &mut calls)?;
+        result_of(&calls)?;
+        Ok(done.connections)
     }
 
     /// Zeroes whole blocks by writing zeros.
-    fn write_zeros(&self, range: Range<u64>) -> io::Result<()> {
+    fn write_zeros(&self, range: Range<u64>) -> io::Result<u64> {
         let flags = self.write_flags();
+        let mut connections = u64::MAX;
         for batch in steps(range, WRITTEN_ZEROS) {
             let mut calls: Vec<Call<'_>> = steps(batch, self.piece() as u64)
                 .map(|piece| write_call(&ZEROS[..len(&piece)], piece.start, flags))
                 .collect();
-            self.spread(&mut calls, 1, Path::Bulk)?;
+            connections = connections.min(self.spread(&mut calls, 1, Path::Bulk)?);
         }
-        Ok(())
+        Ok(connections)
     }
 
     /// The ranges of `within`, which are whole blocks, that are not known to be zeros.
@@ -373,20 +377,21 @@ impl Storage for Remote {
         let deadline = Instant::now() + self.options.deadline;
         let _turn = self.order.wait(whole.clone(), deadline)?;
         let mut by_command = self.has(TransmissionFlags::SEND_WRITE_ZEROES);
+        let mut connections = u64::MAX;
         for batch in steps(whole.clone(), ZERO_BATCH) {
             if by_command {
                 match self.zero_blocks(batch.clone()) {
                     // What a server offers, the file system beneath it need not have.
                     Err(error) if is_unsupported(&error) => by_command = false,
                     done => {
-                        done?;
+                        connections = connections.min(done?);
                         continue;
                     }
                 }
             }
-            self.write_zeros(batch)?;
+            connections = connections.min(self.write_zeros(batch)?);
         }
-        self.wrote(whole);
+        self.wrote(whole, connections);
         Ok(())
     }
 
@@ -407,11 +412,11 @@ impl Storage for Remote {
             ));
         }
         let calls = &mut [Call::new(Command::Flush, 0, 0, Body::Nothing)];
-        let born = self.carry_out(Path::Oldest, usize::MAX, calls)?;
+        let done = self.carry_out(Path::Oldest, usize::MAX, calls)?;
         match result_of(calls) {
             Ok(()) => self
                 .doubt
-                .flushed(begun, born, self.agreed.size)
+                .flushed(begun, done.born, self.agreed.size)
                 .map_err(io::Error::other),
             Err(error) => {
                 let doubtful = self.doubt.failed(begun, self.agreed.size);
@@ -467,15 +472,17 @@ fn is_unsupported(error: &io::Error) -> bool {
     )
 }
 
-fn join_all(threads: Vec<thread::ScopedJoinHandle<'_, io::Result<()>>>) -> io::Result<()> {
-    let mut result = Ok(());
-    for thread in threads {
-        let joined = thread
-            .join()
-            .unwrap_or_else(|_| Err(io::Error::other("a thread has panicked")));
-        result = result.and(joined);
-    }
-    result
+/// What all threads returned, or the first error; none is left running.
+fn join_all<T>(threads: Vec<thread::ScopedJoinHandle<'_, io::Result<T>>>) -> io::Result<Vec<T>> {
+    let joined: Vec<_> = threads
+        .into_iter()
+        .map(|thread| {
+            thread
+                .join()
+                .unwrap_or_else(|_| Err(io::Error::other("a thread has panicked")))
+        })
+        .collect();
+    joined.into_iter().collect()
 }
 
 /// `range` in steps of `step`.

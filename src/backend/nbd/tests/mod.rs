@@ -7,5 +7,6 @@
 
 mod fake;
 mod garbage;
+mod losses;
 mod measure;
 mod roles;
