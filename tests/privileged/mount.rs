@@ -308,6 +308,34 @@ fn a_direct_mount_that_ends_after_a_loss_tells_it_by_3() {
 
 #[test]
 #[ignore = "privileged: needs root and /dev/fuse"]
+fn what_was_written_is_saved_though_nobody_reads_what_is_said() {
+    // The first event that nobody read ended the mount, and with it what was written.
+    let served = Served::new();
+    let at = served.path("region");
+    let mut process = memferry()
+        .args(["mount", &served.url()])
+        .arg(&at)
+        .args(["--json", "--push-interval", "0s"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(process.stdout.take().unwrap())
+        .read_line(&mut line)
+        .unwrap();
+    assert!(line.contains("mounted"), "{line}");
+    drop(process.stderr.take());
+    let mounted = Mounted { process, at };
+    let file = mounted.open();
+    file.write_all_at(&[9; 100], 4096).unwrap();
+    drop(file);
+    assert_eq!(mounted.end(), Some(0));
+    assert_eq!(served.disk()[4096..4196], [9; 100]);
+}
+
+#[test]
+#[ignore = "privileged: needs root and /dev/fuse"]
 fn a_mount_that_was_killed_leaves_nobody_hanging_and_can_be_mounted_again() {
     let served = Served::new();
     let mut mounted = served.mount(&["--direct"]);

@@ -7,6 +7,7 @@ use memferry::subject::qemu::QemuError;
 use serde_json::json;
 
 use crate::mount::{Lost, Unsaved};
+use crate::output::{say, warn};
 
 /// The two copies of the memory are not the same.
 #[derive(Debug, thiserror::Error)]
@@ -55,12 +56,9 @@ pub(crate) fn report(result: anyhow::Result<()>, json: bool) -> ExitCode {
     let code = code(&error);
     let message = message(&error);
     if json {
-        println!(
-            "{}",
-            json!({ "event": "error", "exit": code, "message": message })
-        );
+        say(&json!({ "event": "error", "exit": code, "message": message }));
     }
-    eprintln!("memferry: {message}");
+    warn(&format_args!("memferry: {message}"));
     ExitCode::from(code)
 }
 

@@ -1,6 +1,7 @@
 //! What the user sees while it goes on: a progress bar, lines, or JSON.
 
-use std::io::{self, IsTerminal};
+use std::fmt::Display;
+use std::io::{self, IsTerminal, Write};
 use std::sync::mpsc::{self, Sender};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -35,19 +36,19 @@ impl Output {
         if let Some(map) = value.as_object_mut() {
             map.insert("event".into(), event.into());
         }
-        println!("{value}");
+        say(&value);
     }
 
     /// A line of the final report, for people.
     pub(crate) fn line(self, line: &str) {
         if !self.json {
-            println!("{line}");
+            say(&line);
         }
     }
 
     /// A remark while it goes on, for people; also where a program reads the events: somebody reads its log.
     pub(crate) fn remark(self, remark: &str) {
-        eprintln!("{remark}");
+        warn(&remark);
     }
 
     /// Starts to show progress; ends when the sender is dropped.
@@ -62,6 +63,16 @@ impl Output {
         });
         (sender, thread)
     }
+}
+
+/// A line on standard output. Nobody may read it any more, as behind `head -1`: that must not end what goes on.
+pub(crate) fn say(line: &impl Display) {
+    let _ = writeln!(io::stdout().lock(), "{line}");
+}
+
+/// A line on standard error. It may be a terminal that is gone: that must not end what goes on.
+pub(crate) fn warn(line: &impl Display) {
+    let _ = writeln!(io::stderr().lock(), "{line}");
 }
 
 #[derive(Debug)]
@@ -94,7 +105,7 @@ impl View {
     fn show(&mut self, progress: &Progress) {
         if self.output.json {
             if let Ok(line) = serde_json::to_string(progress) {
-                println!("{line}");
+                say(&line);
             }
             return;
         }

@@ -14,6 +14,7 @@ use anyhow::Context;
 use memferry::subject::qemu::{Executor, LastWill, Qmp, QmpError};
 
 use crate::args::Watch;
+use crate::output::warn;
 
 /// How long QEMU may take to obey.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -45,9 +46,7 @@ pub(crate) fn run(args: &Watch) -> anyhow::Result<()> {
          `migrate_cancel` and then `cont` on its QMP socket let it run",
     )?;
     if given_back {
-        eprintln!(
-            "memferry: the sender has ended before hand-over; the guest runs on at the source"
-        );
+        warn(&"memferry: the sender has ended before hand-over; the guest runs on at the source");
     }
     Ok(())
 }
