@@ -5,6 +5,8 @@ use std::sync::mpsc::{self, Receiver};
 
 use memferry::migrate::Cancel;
 
+use crate::output::warn;
+
 /// A wish to cancel that the user's signals express.
 ///
 /// # Errors
@@ -17,14 +19,14 @@ pub(crate) fn cancel_on_signal() -> anyhow::Result<Cancel> {
         let before = count.fetch_add(1, Ordering::Relaxed);
         handle.cancel();
         if before == 0 {
-            eprintln!(
-                "memferry: cancelling; the guest runs on at the source if ownership has not passed yet"
+            warn(
+                &"memferry: cancelling; the guest runs on at the source if ownership has not passed yet",
             );
         } else {
-            eprintln!(
-                "memferry: still waiting: until hand-over for QEMU to answer, so that the guest can run on; after \
+            warn(
+                &"memferry: still waiting: until hand-over for QEMU to answer, so that the guest can run on; after \
                  hand-over for the rest of its memory, which only the source has. If this process is killed now, the \
-                 guest may be left suspended, or waiting for memory"
+                 guest may be left suspended, or waiting for memory",
             );
         }
     })?;
@@ -43,9 +45,12 @@ pub(crate) fn stop_on_signal(
     let count = AtomicUsize::new(0);
     ctrlc::set_handler(move || {
         let before = count.fetch_add(1, Ordering::Relaxed);
-        eprintln!("memferry: {}", if before == 0 { first } else { again });
-        // Who does not listen any more is ending already.
+        // Before anything is said, which may take long. Who does not listen any more is ending already.
         let _ = sender.send(());
+        warn(&format_args!(
+            "memferry: {}",
+            if before == 0 { first } else { again }
+        ));
     })?;
     Ok(receiver)
 }

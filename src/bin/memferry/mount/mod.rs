@@ -10,6 +10,7 @@ mod region;
 mod view;
 
 use std::path::PathBuf;
+use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -137,7 +138,8 @@ pub(crate) fn run(args: &Mount, output: Output) -> anyhow::Result<()> {
     };
     let mut view = View::new(output);
     while not_started.is_none() && !place.has_ended() {
-        if signal.recv_timeout(LOOK).is_ok() {
+        // Where none can come any more, nothing else would end it.
+        if signal.recv_timeout(LOOK) != Err(RecvTimeoutError::Timeout) {
             break;
         }
         view.show(&region);
