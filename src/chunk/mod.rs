@@ -11,6 +11,7 @@ mod gate;
 mod install;
 mod marks;
 mod random;
+mod ranges;
 mod residency;
 mod storage;
 mod store;
@@ -29,6 +30,7 @@ pub use marks::Marks;
 pub use migrate_proto::{
     ChunkBitmap, ChunkIndex, ChunkRun, ChunkSize, Layout, RegionDescriptor, Span,
 };
+pub(crate) use ranges::Ranges;
 pub use residency::{ChunkState, Claim, Residency, Writing};
 pub(crate) use storage::check_range;
 pub use storage::{Storage, write_zeros};

@@ -13,6 +13,7 @@
 
 mod filesystem;
 mod mountpoint;
+mod unsaved;
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -27,10 +28,14 @@ use fuser::{Config, Notifier, Session, SessionACL};
 
 use self::filesystem::RegionFile;
 use self::mountpoint::{Mountpoint, Shape, Wish};
+use self::unsaved::Unsaved;
 use crate::chunk::{Caches, Storage};
 
 /// How long a mount that is taken away may take to end. Its threads wait for nothing but the storage, which has deadlines.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The unit of what the kernel caches.
+const PAGE: u64 = 4096;
 
 /// What the kernel may read ahead for who reads in sequence: what 1 Gbit/s carries in a round trip of 30 ms.
 const READ_AHEAD: u64 = 4 << 20;
@@ -57,6 +62,7 @@ pub struct FuseFile {
     path: PathBuf,
     len: u64,
     notifier: Notifier,
+    unsaved: Arc<Unsaved>,
     ended: Arc<Ended>,
 }
 
@@ -225,6 +231,7 @@ impl FuseFile {
         };
         let ended = Arc::new(Ended::default());
         let file = RegionFile::new(storage, shape, options);
+        let unsaved = Arc::clone(file.unsaved());
         let served = Session::from_fd(file, requests, config.acl, config)
             .and_then(|session| serve(session, Arc::clone(&ended)));
         let ready = served.and_then(|notifier| {
@@ -243,6 +250,7 @@ impl FuseFile {
                     path,
                     len,
                     notifier,
+                    unsaved,
                     ended,
                 })
             }
@@ -267,7 +275,7 @@ impl FuseFile {
     /// through the file. Reads that begin after this see what the storage has.
     ///
     /// To be called after the storage was changed. Pages of the range that were written through the file and not written back yet
-    /// are written to the storage first. Waits for reads of the range that are under way: so it must not be called by who has to
+    /// are written to the storage first; those that could not be written when they had to be are given up. Waits for reads of the range that are under way: so it must not be called by who has to
     /// answer them.
     ///
     /// # Errors
@@ -280,10 +288,13 @@ impl FuseFile {
         if range.start >= end {
             return Ok(());
         }
+        // Whole pages are forgotten. What cannot be saved during it stays known.
+        let given_up = self.unsaved.give_up(whole_pages(range.start..end));
         let signed = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
         let inode = RegionFile::inode(self.shape);
         self.notifier
             .inval_inode(inode, signed(range.start), signed(end - range.start))
+            .inspect_err(|_| self.unsaved.keep(given_up))
             .map_err(|error| match error.raw_os_error() {
                 Some(libc::ENODEV | libc::ENOTCONN) => not_mounted(),
                 _ => error,
@@ -292,13 +303,18 @@ impl FuseFile {
 
     /// Writes back what the kernel has cached, mappings included, and flushes the storage.
     ///
+    /// The kernel tries to write back once, and tells those who have the file open. This fails until what could not be written is
+    /// written again, by a program, or given up by [`invalidate`](Self::invalidate).
+    ///
     /// # Errors
-    /// What the storage says, as an error of the file; [`io::ErrorKind::NotConnected`] if it is not mounted any more.
+    /// What the storage says, as an error of the file; that something could not be written back, now or earlier; [`io::ErrorKind::NotConnected`] if it is not mounted any more.
     pub fn sync(&self) -> io::Result<()> {
         if self.has_ended() {
             return Err(not_mounted());
         }
-        File::open(&self.path)?.sync_data()
+        File::open(&self.path)?.sync_data()?;
+        // A file that is opened anew is told only what nobody has been told yet.
+        self.unsaved.check()
     }
 
     /// Unmounts it, after everything was written back. Once it is unmounted, doing so again does nothing.
@@ -340,7 +356,8 @@ impl Caches for FuseFile {
         match self.invalidate(0..self.len) {
             // Nothing is cached of what is not mounted.
             Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
-            forgotten => forgotten,
+            // What was written meanwhile and could not be saved is forgotten, too.
+            forgotten => forgotten.map(|()| drop(self.unsaved.give_up(0..u64::MAX))),
         }
     }
 }
@@ -397,6 +414,11 @@ fn serve(session: Session<RegionFile>, ended: Arc<Ended>) -> io::Result<Notifier
             ended.set();
         })?;
     Ok(notifier)
+}
+
+fn whole_pages(range: Range<u64>) -> Range<u64> {
+    let end = range.end.checked_next_multiple_of(PAGE);
+    range.start - range.start % PAGE..end.unwrap_or(u64::MAX)
 }
 
 fn not_mounted() -> io::Error {

@@ -11,7 +11,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 
 use memferry::backend::{FileStorage, MemoryStorage};
-use memferry::chunk::Storage;
+use memferry::chunk::{Caches, Fault, Faulty, Operation, Storage};
 use memferry::frontend::{Cache, FuseFile, FuseMountError, FuseOptions, FuseUnmountError};
 use memferry::sys::mapping::Mapping;
 use rustix::fs::{FallocateFlags, SeekFrom};
@@ -402,6 +402,58 @@ fn what_the_storage_fails_at_fails_for_the_program_and_works_again_afterwards() 
         file.read_exact_at(&mut byte, PAGE).unwrap();
         assert_eq!(byte, [2]);
         assert_eq!(mounted.stored(PAGE..PAGE + 1), [2]);
+    }
+}
+
+/// The kernel tells a failed write-back once to who has the file open, and takes the page for written: what a program had been told was
+/// not told to who moves the region, and the bytes stayed behind.
+#[test]
+#[ignore = "privileged: needs root and /dev/fuse"]
+fn what_could_not_be_written_back_is_told_until_it_is_written_again_or_given_up() {
+    for cache in CACHES {
+        let folder = tempfile::tempdir().unwrap();
+        let faulty = Arc::new(Faulty::new(Arc::new(MemoryStorage::new(LEN))));
+        let faults = faulty.faults();
+        let region = FuseFile::mount(faulty.clone(), folder.path(), &options(cache)).unwrap();
+        let open = || {
+            let mut how = OpenOptions::new();
+            how.read(true).write(true).open(region.path()).unwrap()
+        };
+        let (file, mapping) = (open(), Mapping::new(open(), LEN).unwrap());
+        let fail = |byte: u8| {
+            faults.add(Fault::error(io::ErrorKind::TimedOut).on(Operation::Write));
+            mapping.write(PAGE, &[byte; 100]).unwrap();
+            assert_eq!(errno(file.sync_all()), libc::EIO, "{cache:?}");
+            faults.clear();
+            file.sync_all().unwrap();
+            for _ in 0..2 {
+                let told = region.write_back().unwrap_err().to_string();
+                assert!(told.contains("written again"), "{told}");
+            }
+        };
+        let stored = || {
+            let mut byte = [0];
+            faulty.read_exact_at(&mut byte, PAGE).unwrap();
+            byte[0]
+        };
+        fail(1);
+        // Another page changes nothing.
+        mapping.write(5 * PAGE, &[1]).unwrap();
+        file.sync_all().unwrap();
+        region.sync().unwrap_err();
+        assert_eq!(stored(), 0);
+        mapping.write(PAGE, &[2; 100]).unwrap();
+        region.sync().unwrap();
+        assert_eq!(stored(), 2);
+        fail(3);
+        region.invalidate(0..PAGE).unwrap();
+        region.sync().unwrap_err();
+        region.invalidate(PAGE + 10..PAGE + 20).unwrap();
+        region.sync().unwrap();
+        fail(4);
+        region.forget().unwrap();
+        region.sync().unwrap();
+        assert_eq!(stored(), 2);
     }
 }
 

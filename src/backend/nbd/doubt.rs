@@ -10,7 +10,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::ranges::Ranges;
+use crate::chunk::Ranges;
 
 /// The most generations of writes that are kept apart.
 const GENERATIONS: usize = 32;

@@ -22,7 +22,6 @@ mod lane;
 mod list;
 mod options;
 mod order;
-mod ranges;
 mod remote;
 #[cfg(test)]
 mod tests;

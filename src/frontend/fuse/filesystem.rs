@@ -17,8 +17,9 @@ use fuser::{
 };
 use rustix::fs::FallocateFlags;
 
-use super::Cache;
 use super::mountpoint::Shape;
+use super::unsaved::Unsaved;
+use super::{Cache, PAGE};
 use crate::chunk::Storage;
 
 /// The most bytes of one request. The kernel's own limit, unless somebody has raised it.
@@ -26,8 +27,6 @@ pub(super) const LARGEST: u32 = 1 << 20;
 
 /// Names and attributes never change, so the kernel may keep them.
 const FOR_EVER: Duration = Duration::from_secs(1 << 30);
-
-const PAGE: u64 = 4096;
 
 /// How far [`RegionFile::seek`] looks at once, to begin with. Each next look goes twice as far: a storage lists data by the
 /// range, and all of a large one may be a long list.
@@ -48,6 +47,8 @@ pub(super) struct RegionFile {
     threads: u16,
     /// Whether something was written since the last good flush.
     unflushed: AtomicBool,
+    /// What the kernel had cached and could not write back.
+    unsaved: Arc<Unsaved>,
     since: SystemTime,
 }
 
@@ -66,8 +67,13 @@ impl RegionFile {
             everyone: options.everyone,
             threads: u16::try_from(options.threads).unwrap_or(u16::MAX),
             unflushed: AtomicBool::new(false),
+            unsaved: Arc::default(),
             since: SystemTime::now(),
         }
+    }
+
+    pub(super) fn unsaved(&self) -> &Arc<Unsaved> {
+        &self.unsaved
     }
 
     /// The number of the file: that of the root where the file is what is mounted.
@@ -125,6 +131,20 @@ impl RegionFile {
         Ok(len)
     }
 
+    /// Keeps in mind what of a write has come to nothing if it came from the cache, where the kernel does not try again. All others are
+    /// told to who writes, and leave nothing cached.
+    fn remember<E>(&self, offset: u64, len: usize, cached: bool, written: &Result<usize, E>) {
+        match written {
+            Ok(written) => self.unsaved.saved(offset..offset + *written as u64),
+            Err(_) if cached => {
+                // What is behind the end is no part of the region.
+                let end = offset.saturating_add(len as u64).min(self.storage.len());
+                self.unsaved.failed(offset..end);
+            }
+            Err(_) => {}
+        }
+    }
+
     fn flush_storage(&self) -> io::Result<()> {
         // Before the flush: what is written during it may not be covered by it.
         self.unflushed.store(false, Ordering::Release);
@@ -136,9 +156,9 @@ impl RegionFile {
     fn zero(&self, offset: u64, length: u64) -> io::Result<()> {
         let len = self.storage.len();
         let range = offset.min(len)..offset.saturating_add(length).min(len);
-        let zeroed = self.storage.zero(range);
+        let zeroed = self.storage.zero(range.clone());
         self.unflushed.store(true, Ordering::Release);
-        zeroed
+        zeroed.inspect(|()| self.unsaved.saved(range))
     }
 
     /// The next data at or after `offset`, or the next hole; `None` if there is no such data. The end is a hole.
@@ -320,7 +340,10 @@ impl Filesystem for RegionFile {
         reply: ReplyWrite,
     ) {
         let cached = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
-        match answer(|| self.write_within(offset, data)) {
+        let written = answer(|| self.write_within(offset, data));
+        // Before the kernel hears of it, and tells others.
+        self.remember(offset, data.len(), cached, &written);
+        match written {
             // From the cache nobody sees a short count: an error there is what `fsync` reports.
             Ok(len) if len < data.len() && (cached || len == 0) => reply.error(Errno::ENOSPC),
             Ok(len) => reply.written(u32::try_from(len).expect("at most the largest request")),

@@ -161,6 +161,13 @@ impl Export {
             )
     }
 
+    /// Whether it is what `other` is a clone of, and not another one that has got its name.
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        self.name == other.name
+            && Arc::ptr_eq(&self.storage, &other.storage)
+            && self.read_only == other.read_only
+    }
+
     pub(super) fn zeroes_fast(&self) -> bool {
         self.fast_zeroes
     }

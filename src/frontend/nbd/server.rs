@@ -410,9 +410,9 @@ impl Shared {
             let State {
                 exports, clients, ..
             } = &mut *state;
-            let name = connection.export.name();
-            // Asked under the lock, as in `welcome`.
-            if self.is_closing() || !exports.iter().any(|export| export.name() == name) {
+            let is_chosen = |export: &Export| export.is_same(&connection.export);
+            // Asked under the lock, as in `welcome`. What was chosen may have been removed, and its name given to another.
+            if self.is_closing() || !exports.iter().any(is_chosen) {
                 return;
             }
             if let Some(client) = clients.iter_mut().find(|client| client.id == id) {

@@ -63,7 +63,8 @@ impl Supervisor {
     /// If that takes too long the thread is left behind; it disconnects the device as soon as it can.
     pub(super) fn start(plan: Plan, limit: Duration) -> Result<Self, AttachError> {
         let (events, inbox) = mpsc::channel();
-        let (tell, told) = mpsc::sync_channel(1);
+        // Without room, so that what nobody waits for any more is not sent.
+        let (tell, told) = mpsc::sync_channel(0);
         let connections = Arc::new(AtomicUsize::new(0));
         let own = Own {
             plan,

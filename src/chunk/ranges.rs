@@ -11,13 +11,13 @@ const BLOCK: u64 = 64 << 10;
 
 /// A set of bytes that has bounded size: with too many ranges it takes in more than was added, and never less.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Ranges {
+pub(crate) struct Ranges {
     /// Ends by starts; neither empty, nor overlapping, nor touching.
     ends: BTreeMap<u64, u64>,
 }
 
 impl Ranges {
-    pub(super) fn add(&mut self, range: Range<u64>) {
+    pub(crate) fn add(&mut self, range: Range<u64>) {
         self.join(range);
         let mut block = BLOCK;
         while self.ends.len() > MOST {
@@ -47,7 +47,7 @@ impl Ranges {
         self.ends.insert(start, end);
     }
 
-    pub(super) fn remove(&mut self, range: Range<u64>) {
+    pub(crate) fn remove(&mut self, range: Range<u64>) {
         if range.start >= range.end {
             return;
         }
@@ -65,14 +65,14 @@ impl Ranges {
         }
     }
 
-    pub(super) fn extend(&mut self, other: Self) {
+    pub(crate) fn extend(&mut self, other: Self) {
         for (start, end) in other.ends {
             self.add(start..end);
         }
     }
 
     /// The ranges in order, cut to `len`.
-    pub(super) fn to_vec(&self, len: u64) -> Vec<Range<u64>> {
+    pub(crate) fn to_vec(&self, len: u64) -> Vec<Range<u64>> {
         self.ends
             .iter()
             .map(|(&start, &end)| start..end.min(len))
