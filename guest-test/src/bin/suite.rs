@@ -177,6 +177,13 @@ fn steps() -> Vec<Step> {
                 "measure",
             ])])
         }),
+        step("a guest's memory on a mounted file", |machine| {
+            machine.test("mapped")?;
+            may_trace()?;
+            let test = ["test", "-p", "vmm-integration", "--test", "mapped"];
+            let file = ["--", "--include-ignored", "on_a_mapped_file"];
+            Ok(vec![cargo(&[&test[..], &file].concat())])
+        }),
         step("guest tests", |machine| {
             machine.test("guest")?;
             packages::ensure(&[packages::QEMU]).map_err(|reason| format!("{reason:#}"))?;
