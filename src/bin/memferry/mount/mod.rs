@@ -13,7 +13,6 @@ use std::path::PathBuf;
 use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 
-use anyhow::Context;
 use bytesize::ByteSize;
 use clap::Args;
 use memferry::backend::nbd::NbdUrl;
@@ -132,21 +131,21 @@ pub(crate) fn run(args: &Mount, output: Output) -> anyhow::Result<()> {
         .map(|words| Program::start(words, &path))
         .transpose();
     // A program that cannot be started leaves a mount that has to be ended in the proper way all the same.
-    let (mut program, not_started) = match program {
+    let (mut program, mut failed) = match program {
         Ok(program) => (program, None),
-        Err(error) => (None, Some(error)),
+        Err(error) => (None, Some(error.context("the program was not run"))),
     };
     let mut view = View::new(output);
-    while not_started.is_none() && !place.has_ended() {
+    while failed.is_none() && !place.has_ended() {
         // Where none can come any more, nothing else would end it.
         if signal.recv_timeout(LOOK) != Err(RecvTimeoutError::Timeout) {
             break;
         }
         view.show(&region);
-        if let Some(program) = &mut program
-            && program.ended()?.is_some()
-        {
-            break;
+        match program.as_mut().map(Program::ended) {
+            None | Some(Ok(None)) => {}
+            Some(Ok(Some(_))) => break,
+            Some(Err(error)) => failed = Some(error.context("cannot wait for the program")),
         }
     }
     view.end();
@@ -154,8 +153,8 @@ pub(crate) fn run(args: &Mount, output: Output) -> anyhow::Result<()> {
     let ending = Ending::new(&region, place, output);
     ending.run(&signal, program.as_mut(), args.deadline)?;
     output.event("ended", &json!({}));
-    if let Some(error) = not_started {
-        return Err(error).context("the program was not run");
+    if let Some(error) = failed {
+        return Err(error);
     }
     if let Some(program) = &mut program {
         // After a signal it may have gone on until its file went.
