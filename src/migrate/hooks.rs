@@ -4,7 +4,7 @@ use std::fmt;
 use std::io::{Read, Write};
 use std::time::Instant;
 
-use crate::subject::{Description, Incoming, Outgoing, SubjectError};
+use crate::subject::{Description, Farewell, Incoming, Outgoing, SubjectError};
 
 /// What both ends of a move of plain regions call their subject.
 const KIND: &str = "regions";
@@ -23,7 +23,10 @@ pub struct SeederHooks {
     pub suspend: Option<Hook>,
     /// The application goes on: nothing became of it. May be called without `suspend`.
     pub resume: Option<Hook>,
-    /// The regions have left: the application ends here. Its error is lost, for nothing can be undone any more.
+    /// The regions have left: the application ends here. Its error is lost, and so is a panic, for nothing can be undone any more.
+    ///
+    /// Called once, on a thread of its own, when the application runs at the destination already or when the session was lost after the
+    /// hand-over. It may take as long as it needs: nothing but the end of the session at this side waits for it.
     pub released: Option<Hook>,
 }
 
@@ -31,7 +34,7 @@ pub struct SeederHooks {
 /// [`Incoming`] instead.
 #[derive(Default)]
 pub struct LeecherHooks {
-    /// The application runs here from now on.
+    /// The application runs here from now on. If it fails, or panics, the region belongs here all the same, and what is missing comes.
     pub run: Option<Hook>,
 }
 
@@ -71,9 +74,14 @@ impl Outgoing for SeederHooks {
         call(&mut self.resume)
     }
 
-    fn release(&mut self) {
-        // The regions are at the destination, whatever the application says.
-        let _ = call(&mut self.released);
+    fn release(&mut self) {}
+
+    fn farewell(&mut self) -> Option<Farewell> {
+        let mut released = self.released.take()?;
+        Some(Box::new(move || {
+            // The regions are at the destination, whatever the application says.
+            let _ = released();
+        }))
     }
 }
 

@@ -3,7 +3,9 @@
 use std::fmt;
 use std::io::Read;
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use super::cut_over::CutOver;
@@ -85,13 +87,14 @@ impl Leecher {
     }
 
     /// Calls `listener` with the index of a region and a range of it whenever bytes of it have come, on the threads that receive: it
-    /// should be quick. What is zero comes without bytes, and what is kept does not come.
+    /// should be quick. What is zero comes without bytes, and what is kept does not come. A listener that panics is not called any more, and the
+    /// move goes on.
     #[must_use]
     pub fn on_chunk(
         mut self,
         listener: impl Fn(usize, Range<u64>) + Send + Sync + 'static,
     ) -> Self {
-        self.on_chunk = Some(Box::new(listener));
+        self.on_chunk = Some(surviving(listener));
         self
     }
 
@@ -153,7 +156,22 @@ impl Leecher {
     }
 }
 
-/// Regions that are coming. Dropped without having ended, nothing has come of it.
+/// The same listener, whose panic is its own: regions that belong here already are not lost by it.
+fn surviving(listener: impl Fn(usize, Range<u64>) + Send + Sync + 'static) -> OnChunk {
+    let panicked = AtomicBool::new(false);
+    Box::new(move |region, range| {
+        if panicked.load(Ordering::Relaxed) {
+            return;
+        }
+        // It is not called again, so that nobody sees what it left half done.
+        if catch_unwind(AssertUnwindSafe(|| listener(region, range))).is_err() {
+            panicked.store(true, Ordering::Relaxed);
+        }
+    })
+}
+
+/// Regions that are coming. Dropped without having ended, by a panic, what belongs here already is not given up, and of the rest nothing
+/// has come.
 #[derive(Debug)]
 struct Coming {
     regions: Vec<(String, Arc<Region>)>,
@@ -195,7 +213,11 @@ impl Drop for Coming {
     fn drop(&mut self) {
         if !self.ended {
             for (_, region) in &self.regions {
-                let _ = region.abandon();
+                if region.is_owned() {
+                    region.lose();
+                } else {
+                    let _ = region.abandon();
+                }
             }
         }
     }
@@ -239,9 +261,10 @@ impl Incoming for Taking<'_> {
         for (_, region) in self.regions {
             region.own();
         }
-        let result = self.subject.resume(deadline);
+        // The regions belong here: what is missing of them is fetched, whatever becomes of the application.
+        let result = catch_unwind(AssertUnwindSafe(|| self.subject.resume(deadline)));
         self.course.hand_over();
-        result
+        result.unwrap_or_else(|_| Err(SubjectError::new("the application panicked")))
     }
 }
 
@@ -337,5 +360,31 @@ impl Finalized {
             LeechOutcome::Moved(report) => report,
             LeechOutcome::DryRun => unreachable!("a dry run hands nothing over"),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::MemoryStorage;
+    use crate::chunk::ChunkSize;
+    use crate::migrate::region::Standing;
+
+    #[test]
+    fn a_session_that_panics_gives_up_what_has_not_come_and_keeps_what_belongs_here() {
+        let regions: Vec<_> = ["owned", "coming"]
+            .into_iter()
+            .map(|name| {
+                let local = Arc::new(MemoryStorage::new(4096));
+                let region = Region::empty(local, ChunkSize::PAGE).unwrap();
+                (name.to_owned(), Arc::new(region))
+            })
+            .collect();
+        let coming = Coming::begin(regions.clone()).unwrap();
+        regions[0].1.mark_absent().unwrap();
+        regions[0].1.own();
+        drop(coming);
+        let standing: Vec<_> = regions.iter().map(|(_, r)| r.standing()).collect();
+        assert_eq!(standing, [Standing::Lost, Standing::Waiting]);
     }
 }

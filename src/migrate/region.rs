@@ -483,6 +483,10 @@ impl Region {
         self.set(&mut held, Standing::Arriving);
     }
 
+    pub(super) fn is_owned(&self) -> bool {
+        self.held().owned
+    }
+
     /// The region belongs here.
     pub(super) fn own(&self) {
         let mut held = self.held();
@@ -544,7 +548,8 @@ impl Region {
         self.set(&mut held, Standing::Undecided);
     }
 
-    fn forget(&self) {
+    /// What the front ends have cached is not the region.
+    pub(super) fn forget(&self) {
         for caches in &self.caches() {
             // A front end that was taken away has nothing cached; of another one nobody could do more.
             let _ = caches.forget();

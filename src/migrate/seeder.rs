@@ -12,7 +12,7 @@ use super::progress::{Progress, SeedReport};
 use super::region::{Region, RegionError};
 use super::running::{Course, OnProgress, Running};
 use super::seed::{SeedError, SeedOutcome, SourceRegion, seed};
-use crate::subject::{Description, Outgoing, SubjectError};
+use crate::subject::{Description, Farewell, Outgoing, SubjectError};
 use crate::transport::Session;
 
 /// Takes regions away that are used here: [`open`](Self::open) begins to track and to send, [`Tracking::released`] waits until they belong to
@@ -212,6 +212,20 @@ impl Outgoing for Suspending<'_> {
         }
         self.subject.release();
         self.course.hand_over();
+    }
+
+    /// What programs have read before is not shown to them while the rest is fetched. They are sent away, so that nothing is cached again.
+    fn farewell(&mut self) -> Option<Farewell> {
+        let regions: Vec<_> = self.regions.iter().map(|(_, r)| r.clone()).collect();
+        let subject = self.subject.farewell();
+        Some(Box::new(move || {
+            for region in regions {
+                region.forget();
+            }
+            if let Some(farewell) = subject {
+                farewell();
+            }
+        }))
     }
 }
 

@@ -76,9 +76,20 @@ pub trait Outgoing: Debug + Send {
     /// If it does not run by the deadline; says what an operator has to do.
     fn resume(&mut self, deadline: Instant) -> Result<(), SubjectError>;
 
-    /// The destination owns the subject now: this copy never runs again.
+    /// The destination owns the subject now: this copy never runs again. The destination is told so only when this has returned, and does
+    /// not wait long: what takes time is [`farewell`](Self::farewell)'s.
     fn release(&mut self);
+
+    /// What is left to do here once the destination knows that it owns the subject; asked for after [`release`](Self::release). It is done on a
+    /// thread of its own, when the destination runs the subject or the session has been lost, and the session's end waits for it. Nothing
+    /// by default.
+    fn farewell(&mut self) -> Option<Farewell> {
+        None
+    }
 }
+
+/// What is done where a subject was, after it has left.
+pub type Farewell = Box<dyn FnOnce() + Send>;
 
 /// The subject where it will run.
 pub trait Incoming: Debug + Send {

@@ -1,6 +1,7 @@
 //! The script of the source: what to do at each event of the state machine.
 
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -30,7 +31,7 @@ use crate::migrate::priority::{go_first, go_last};
 use crate::migrate::progress::{
     Counters, Phase, Progress, Rate, Reporter, SeedReport, Side, Verdict,
 };
-use crate::subject::{Outgoing, SubjectError};
+use crate::subject::{Farewell, Outgoing, SubjectError};
 use crate::transport::{LaneError, LaneReader, LaneWriter, Session};
 
 /// How often progress is reported, and how long a wish to cancel may go unnoticed.
@@ -132,7 +133,11 @@ impl<'a> Driver<'a> {
                 scope.spawn(move || sending.serve_bulk(index, lane));
             }
             scope.spawn(move || sending.serve_urgent(&self.session.urgent));
-            let outcome = self.drive(monitor, writer, subject);
+            let part = |farewell: Farewell| {
+                // Nothing can be undone any more: a panic of it is its own.
+                scope.spawn(move || catch_unwind(AssertUnwindSafe(farewell)).is_ok());
+            };
+            let outcome = self.drive(monitor, writer, subject, &part);
             monitor.close();
             // The last messages go out, the peer reads them and closes; only then are the sockets shut, since closing
             // one with unread bytes would take back what is still on its way.
@@ -277,7 +282,9 @@ impl<'a> Driver<'a> {
         monitor: &Monitor<Seeder>,
         writer: &Mutex<LaneWriter>,
         subject: &mut dyn Outgoing,
+        part: &dyn Fn(Farewell),
     ) -> Result<SeedOutcome, SeedError> {
+        let mut farewell = None;
         let mut failure: Failure = None;
         let mut moments = Moments::default();
         let mut forecast = None;
@@ -290,6 +297,11 @@ impl<'a> Driver<'a> {
                 self.tick(monitor, &moments, &mut rate);
                 continue;
             };
+            if matches!(event, Event::Running | Event::Lost { .. })
+                && let Some(farewell) = farewell.take()
+            {
+                part(farewell);
+            }
             let result = match event {
                 Event::Start if self.options.dry_run => self
                     .forecast(monitor, writer)
@@ -304,6 +316,7 @@ impl<'a> Driver<'a> {
                 Event::Released => {
                     subject.release();
                     self.let_go.done();
+                    farewell = subject.farewell();
                     self.mark(&mut moments, "released");
                     Ok(())
                 }

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use memferry::chunk::{Caches, Storage};
 use memferry::migrate::{
-    FinalizeError, LeechError, LeechOptions, Leecher, PostCopy, SeedError, SeedOptions, Seeder,
-    SeederHooks, Standing,
+    FinalizeError, LeechError, LeechOptions, Leecher, LeecherHooks, PostCopy, SeedError,
+    SeedOptions, Seeder, SeederHooks, Standing,
 };
 use memferry::subject::{Description, Incoming, SubjectError};
 
@@ -333,5 +333,77 @@ fn what_is_missing_when_the_source_is_lost_is_an_error_and_the_source_can_take_t
         let expected = bytes(&a);
         hop(&a, &b, plan(PostCopy::Auto));
         assert!(bytes(&b) == expected);
+    });
+}
+
+/// The destination was told only when the application's hook had returned, and not at all when that took long.
+#[test]
+fn an_application_that_takes_long_to_end_does_not_keep_its_region_from_moving() {
+    within(Duration::from_secs(60), || {
+        let (a, b) = (owner(MIB), empty(MIB));
+        fill(&a, 12);
+        let expected = bytes(&a);
+        let ended = Arc::new(AtomicBool::new(false));
+        let ends = ended.clone();
+        let hooks = SeederHooks {
+            released: Some(Box::new(move || {
+                // Longer than the last messages of a session may take.
+                let end = Instant::now() + Duration::from_secs(3);
+                while let Some(left) = end.checked_duration_since(Instant::now()) {
+                    std::thread::park_timeout(left);
+                }
+                ends.store(true, Ordering::Relaxed);
+                panic!("this is the application's own");
+            })),
+            ..SeederHooks::default()
+        };
+        let (here, there, _) = sessions(None);
+        let seeding = Seeder::new([("ram", a)])
+            .options(plan(PostCopy::Always))
+            .subject(hooks)
+            .open(here)
+            .unwrap();
+        let leeching = Leecher::new([("ram", b.clone())]).open(there).unwrap();
+        leeching.finalize().unwrap().release().unwrap();
+        seeding.released().unwrap().close().unwrap();
+        assert!(ended.load(Ordering::Relaxed), "the session's end waits");
+        assert!(bytes(&b) == expected);
+    });
+}
+
+#[test]
+fn callbacks_that_panic_at_the_destination_cost_nothing_of_the_region() {
+    within(Duration::from_secs(60), || {
+        for at_hand_over in [false, true] {
+            let (a, b) = (owner(4 * MIB), empty(4 * MIB));
+            fill(&a, 13);
+            let expected = bytes(&a);
+            let (here, there, _) = sessions(None);
+            let seeding = Seeder::new([("ram", a.clone())])
+                .options(plan(PostCopy::Always))
+                .open(here)
+                .unwrap();
+            let mut leeching = Leecher::new([("ram", b.clone())]);
+            leeching = if at_hand_over {
+                leeching.subject(LeecherHooks {
+                    run: Some(Box::new(|| panic!("it cannot run"))),
+                })
+            } else {
+                leeching.on_chunk(|_, range| panic!("it cannot count {range:?}"))
+            };
+            let finalized = leeching.open(there).unwrap().finalize().unwrap();
+            let result = finalized.release();
+            let fits = match &result {
+                Ok(_) => !at_hand_over,
+                Err(error) => at_hand_over && matches!(error, LeechError::NotRunning { .. }),
+            };
+            assert!(fits, "{result:?}");
+            seeding.released().unwrap().close().unwrap();
+            assert_eq!(
+                (a.standing(), b.standing()),
+                (Standing::Moved, Standing::Owner)
+            );
+            assert!(bytes(&b) == expected);
+        }
     });
 }
