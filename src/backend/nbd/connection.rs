@@ -171,9 +171,13 @@ impl Connection {
                 return Ok(());
             }
             match me.next(batch.deadline)? {
-                Next::Mail(mail) => {
+                Next::Mail(mail, rest) => {
                     for Mail { index, news, last } in mail {
                         batch.note(index, news, last)?;
+                    }
+                    // To send may be to pass the role on, with these bytes on the wire.
+                    if let Some(rest) = rest {
+                        self.read_rest(&mut self.inbox(), batch, &rest)?;
                     }
                 }
                 Next::Rest(rest) => self.read_rest(&mut self.inbox(), batch, &rest)?,

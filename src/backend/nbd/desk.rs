@@ -61,8 +61,9 @@ struct Seat<P, M> {
 /// What a caller has to do next.
 #[derive(Debug)]
 pub(super) enum Next<P, M> {
-    /// Take note of what others have read, in this order.
-    Mail(Vec<M>),
+    /// Take note of what others have read, in this order; then, before anything else, read the bytes that follow this beginning, if the
+    /// reading role came with one: they are what is next on the wire.
+    Mail(Vec<M>, Option<P>),
     /// Read the bytes that follow this beginning; the caller has the reading role.
     Rest(P),
     /// Read the next reply; the caller has the reading role.
@@ -178,7 +179,8 @@ impl<T: Copy, P, M, B: Clone> Caller<'_, T, P, M, B> {
         loop {
             let seat = &mut state.seats[self.seat];
             if !seat.tray.is_empty() {
-                return Ok(Next::Mail(std::mem::take(&mut seat.tray)));
+                let mail = std::mem::take(&mut seat.tray);
+                return Ok(Next::Mail(mail, seat.handed.take()));
             }
             if let Some(handed) = seat.handed.take() {
                 return Ok(Next::Rest(handed));
@@ -287,6 +289,33 @@ impl<T, P, M, B: Clone> Drop for Caller<'_, T, P, M, B> {
     }
 }
 
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn who_gets_mail_and_then_the_role_reads_what_came_with_it_before_the_role_moves_on() {
+        let desk: Desk<(), u8, u8, ()> = Desk::new();
+        let soon = Instant::now() + Duration::from_secs(10);
+        let (reads, waits) = (desk.sit().unwrap(), desk.sit().unwrap());
+        let cookie = waits.expect(0, [(), ()].into_iter()).unwrap();
+        assert!(reads.take_role());
+        // As it is while that one has not yet woken.
+        desk.lock().seats[waits.seat].waits = true;
+        let small = reads.look_up(cookie, true).unwrap();
+        reads.deliver(&small, 1);
+        let large = reads.look_up(cookie + 1, true).unwrap();
+        assert_eq!(reads.hand_over(&large, 2), (Route::HandedOver, None));
+        let next = waits.next(soon).unwrap();
+        assert!(
+            matches!(&next, Next::Mail(mail, Some(2)) if *mail == [1]),
+            "{next:?}"
+        );
+        assert!(matches!(waits.next(soon).unwrap(), Next::Read));
+    }
+}
+
 /// Every interleaving of callers; a role or a wake-up that is lost is a deadlock, which loom reports.
 #[cfg(all(test, loom))]
 mod loom_tests {
@@ -325,7 +354,7 @@ mod loom_tests {
             self.ask(&me);
             loop {
                 match me.next(Instant::now() + Duration::from_secs(1000)).unwrap() {
-                    Next::Mail(_) | Next::Rest(()) => return,
+                    Next::Mail(..) | Next::Rest(()) => return,
                     Next::TimedOut => unreachable!("a wait never times out here"),
                     Next::Read => {
                         let owner = me.look_up(self.read(), true).unwrap();
