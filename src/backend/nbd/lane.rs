@@ -111,7 +111,10 @@ impl Lane {
                     let connecting = Connecting(self);
                     let dialled = dial();
                     drop(connecting);
+                    // Others may connect again when they can see what has come of it, and not before.
                     state = self.lock();
+                    state.connecting = false;
+                    self.changed.notify_all();
                     match dialled {
                         Ok(connection) => {
                             let connection = Arc::new(connection);
@@ -120,7 +123,6 @@ impl Lane {
                             if state.closed {
                                 connection.hang_up();
                             }
-                            self.changed.notify_all();
                             return Ok(connection);
                         }
                         Err(error) => {
@@ -162,12 +164,14 @@ impl Lane {
     }
 }
 
-/// Lets others connect when this is dropped.
+/// Lets others connect if a panic ends the attempt.
 struct Connecting<'a>(&'a Lane);
 
 impl Drop for Connecting<'_> {
     fn drop(&mut self) {
-        self.0.lock().connecting = false;
-        self.0.changed.notify_all();
+        if std::thread::panicking() {
+            self.0.lock().connecting = false;
+            self.0.changed.notify_all();
+        }
     }
 }

@@ -7,6 +7,7 @@
 
 mod fake;
 mod garbage;
+mod lanes;
 mod losses;
 mod measure;
 mod roles;
