@@ -3,7 +3,7 @@
 use std::io;
 use std::time::Instant;
 
-use super::wire::Wire;
+use super::wire::{Wire, left};
 
 /// How much is received on the off chance, in bytes: a page and its header come with one system call, and of a large read no more than
 /// this is copied.
@@ -59,11 +59,21 @@ impl Inbox {
         while filled < buf.len() {
             if self.is_empty() {
                 let rest = &mut buf[filled..];
-                if rest.len() >= ROOM {
-                    filled += some(wire.receive(rest, true, deadline)?)?;
+                let wanted = rest.len();
+                let direct = wanted >= ROOM;
+                let received = if direct {
+                    some(wire.receive(rest, true, deadline)?)?
+                } else {
+                    some(wire.receive(&mut self.bytes, false, deadline)?)?
+                };
+                if received < wanted {
+                    // A server that sends a byte now and then is late like one that sends none.
+                    left(deadline)?;
+                }
+                if direct {
+                    filled += received;
                     continue;
                 }
-                let received = some(wire.receive(&mut self.bytes, false, deadline)?)?;
                 (self.start, self.end) = (0, received);
             }
             let len = (buf.len() - filled).min(self.end - self.start);

@@ -9,7 +9,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, RootCertStore};
 
-use super::wire::{Also, Wire};
+use super::wire::{Also, Wire, left};
 use super::{NbdPlace, TlsError, TlsOptions};
 
 /// Where distributions keep the authorities that a machine trusts.
@@ -154,7 +154,9 @@ impl Tls {
             }
             match tls.receive_records(wire, deadline) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(_) => {}
+                Ok(_) => {
+                    left(deadline)?;
+                }
                 Err(error) => {
                     // An alert that tells the server why is worth a try.
                     let _ = tls.try_flush(wire);
@@ -176,6 +178,7 @@ impl Tls {
         buf: &mut [u8],
         deadline: Instant,
     ) -> io::Result<usize> {
+        let mut begun = false;
         loop {
             match self.lock().connection.reader().read(buf) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
@@ -183,6 +186,11 @@ impl Tls {
                 Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(0),
                 read => return read,
             }
+            if begun {
+                // Parts of a record have come, and do not count.
+                left(deadline)?;
+            }
+            begun = true;
             if self.receive_records(wire, deadline)? == 0 {
                 return Ok(0);
             }

@@ -290,6 +290,31 @@ fn a_server_that_says_nothing_costs_the_deadline_once() {
 }
 
 #[test]
+fn a_server_that_sends_a_byte_now_and_then_costs_the_deadline_once() {
+    let server = Fake::new(Manner::new(SIZE), |_, stream| {
+        let (request, _) = request(stream)?;
+        let bytes = bytes_at(request.offset, request.len as usize);
+        stream.set_read_timeout(Some(Duration::from_millis(20)))?;
+        for byte in data(request.cookie, request.offset, &bytes, true) {
+            stream.write_all(&[byte])?;
+            // The client says nothing more, so this waits.
+            let _ = stream.peek(&mut [0]);
+        }
+        Ok(())
+    });
+    let deadline = Duration::from_millis(700);
+    // Bytes that are copied, and bytes that go where they belong at once.
+    for len in [4096, 200 << 10] {
+        let remote = server.connect(deadline);
+        let begun = Instant::now();
+        let error = remote.read_exact_at(&mut vec![0; len], 0).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
+        let took = begun.elapsed();
+        assert!(took < deadline + Duration::from_secs(3), "{took:?}");
+    }
+}
+
+#[test]
 fn a_flush_that_is_refused_names_what_was_to_be_durable() {
     let server = Fake::new(Manner::new(SIZE), |_, stream| {
         let mut flushes = 0;
