@@ -59,6 +59,9 @@ pub enum Misbehaviour {
     /// It agreed to an export and did not say how large it is.
     #[error("it agreed to the export and did not say how large it is")]
     NoSize,
+    /// An export larger than a file can be.
+    #[error("it said that the export has {0} bytes, which is more than anything can have")]
+    Size(u64),
     /// Sizes of requests that contradict each other.
     #[error("its block sizes contradict each other")]
     BlockSizes,

@@ -232,6 +232,7 @@ impl Hello {
         match gone {
             Ok(()) => {
                 let export = export.ok_or_else(|| Fault::from(Misbehaviour::NoSize))?;
+                check_size(export.size)?;
                 if blocks.is_some_and(|blocks| !blocks.are_valid()) {
                     return Err(Fault::from(Misbehaviour::BlockSizes).into());
                 }
@@ -269,6 +270,7 @@ impl Hello {
             }
             Err(error) => return Err(error),
         };
+        check_size(old.size)?;
         let greeted = self.greeted.unwrap_or_default();
         if !greeted.contains(HandshakeFlags::NO_ZEROES) {
             self.take::<{ OldExport::ZEROES }>()?;
@@ -340,4 +342,12 @@ impl Hello {
             .take(&self.wire, self.deadline)
             .map_err(|error| Fault::from(error).into())
     }
+}
+
+/// Offsets are those of files, which are signed: so no sum of an offset and a length of a request is too large, either.
+fn check_size(size: u64) -> Result<(), Fault> {
+    if i64::try_from(size).is_err() {
+        return Err(Misbehaviour::Size(size).into());
+    }
+    Ok(())
 }

@@ -315,6 +315,22 @@ fn a_server_that_sends_a_byte_now_and_then_costs_the_deadline_once() {
 }
 
 #[test]
+fn an_export_larger_than_any_file_is_refused() {
+    let sizes = [1 << 63, u64::MAX];
+    for size in sizes {
+        let server = Fake::new(Manner::new(size), |_, _| Ok(()));
+        let error = Remote::connect(&server.url(), &RemoteOptions::default()).unwrap_err();
+        let ConnectError::Lost(fault) = error else {
+            panic!("{error}")
+        };
+        assert_eq!(fault.misbehaviour(), Some(&Misbehaviour::Size(size)));
+    }
+    let server = Fake::new(Manner::new((1 << 63) - 1), |_, _| Ok(()));
+    let remote = server.connect(SOON);
+    assert_eq!(remote.len(), (1 << 63) - 1);
+}
+
+#[test]
 fn a_flush_that_is_refused_names_what_was_to_be_durable() {
     let server = Fake::new(Manner::new(SIZE), |_, stream| {
         let mut flushes = 0;
