@@ -336,6 +336,24 @@ fn what_was_written_is_saved_though_nobody_reads_what_is_said() {
 
 #[test]
 #[ignore = "privileged: needs root and /dev/fuse"]
+fn what_the_kernel_could_not_write_back_is_told_by_3_however_it_is_mounted() {
+    let partly: &[&str] = &["--no-pull", "--chunk-size", "64KiB"];
+    for way in [&["--direct"], partly] {
+        let mut served = Served::new();
+        let mounted = served.mount(way);
+        let file = mounted.open();
+        served.kill();
+        // Of a chunk that is not here, so that its rest is missing.
+        file.write_all_at(&[7; 4096], 1 << 20).unwrap();
+        // Closing writes back, and nobody looks at what that says.
+        in_time(move || drop(file));
+        served.start();
+        assert_eq!(mounted.end(), Some(3), "{way:?}");
+    }
+}
+
+#[test]
+#[ignore = "privileged: needs root and /dev/fuse"]
 fn a_mount_that_was_killed_leaves_nobody_hanging_and_can_be_mounted_again() {
     let served = Served::new();
     let mut mounted = served.mount(&["--direct"]);

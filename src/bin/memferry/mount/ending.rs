@@ -2,13 +2,13 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
 use super::exec::Program;
-use super::place::{Held, Place};
+use super::place::{Failures, Held, Place, lock};
 use super::region::Region;
 use crate::output::Output;
 
@@ -53,12 +53,12 @@ impl<'a> Ending<'a> {
         }
         let forced = Arc::new(AtomicBool::new(false));
         // Not waited for once it is forced: it may be waiting for a server that is away.
-        let unsaved = Arc::new(Mutex::new(None));
+        let failures = Arc::new(Mutex::new(Failures::default()));
         let unmounting = {
             let (place, forced, output) =
                 (Arc::clone(&self.place), Arc::clone(&forced), self.output);
-            let unsaved = Arc::clone(&unsaved);
-            std::thread::spawn(move || unmount(&place, &forced, &unsaved, output))
+            let failures = Arc::clone(&failures);
+            std::thread::spawn(move || unmount(&place, &forced, &failures, output))
         };
         while !unmounting.is_finished() {
             match signal.recv_timeout(Duration::from_millis(20)) {
@@ -83,12 +83,8 @@ impl<'a> Ending<'a> {
             true => FORCED,
             false => PATIENCE.max(deadline),
         };
-        // A value that is only ever replaced.
-        let unsaved = unsaved
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        self.region.close(deadline, unsaved)
+        let failures = std::mem::take(&mut *lock(&failures));
+        self.region.close(deadline, failures)
     }
 
     fn say_what_is_at_stake(&self) {
@@ -105,31 +101,16 @@ impl<'a> Ending<'a> {
     }
 }
 
-/// Unmounts, however long it takes, unless it is forced. Leaves in `unsaved` why the kernel could not save something: it says so once.
-fn unmount(
-    place: &Place,
-    forced: &AtomicBool,
-    unsaved: &Mutex<Option<anyhow::Error>>,
-    output: Output,
-) -> bool {
+/// Unmounts, however long it takes, unless it is forced. Leaves in `failures` what could not be saved.
+fn unmount(place: &Place, forced: &AtomicBool, failures: &Mutex<Failures>, output: Output) -> bool {
     let mut said = String::new();
     let until = Instant::now() + PATIENCE;
     loop {
-        let why = match place.unmount() {
+        let why = match place.unmount(failures) {
             Ok(()) => return true,
+            Err(Held::Never) => return false,
             Err(Held::Busy(why)) => why,
             Err(Held::Failed(error)) => format!("{error:#}"),
-            Err(Held::Unsaved { error, is_final }) => {
-                let why = format!("{error:#}");
-                unsaved
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .get_or_insert(error);
-                if is_final {
-                    return false;
-                }
-                why
-            }
         };
         if forced.load(Ordering::Relaxed) || Instant::now() >= until {
             return false;

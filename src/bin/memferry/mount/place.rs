@@ -3,6 +3,7 @@
 #[cfg(feature = "fuse")]
 use std::fs::OpenOptions;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 #[cfg(feature = "fuse")]
 use anyhow::Context;
@@ -18,13 +19,10 @@ pub(super) enum Place {
         /// What it is mounted on.
         root: PathBuf,
         /// Dropped last, so after it was unmounted.
-        made: std::sync::Mutex<Made>,
+        made: Mutex<Made>,
     },
     #[cfg(feature = "nbd-device")]
-    Device(
-        Box<std::sync::Mutex<memferry::frontend::nbd::Device>>,
-        PathBuf,
-    ),
+    Device(Box<Mutex<memferry::frontend::nbd::Device>>, PathBuf),
 }
 
 /// What was made to mount on, removed when it is dropped.
@@ -55,12 +53,22 @@ pub(super) enum Held {
     Busy(String),
     /// Something else, which may go well another time.
     Failed(anyhow::Error),
-    /// What was written could not be saved.
-    Unsaved {
-        error: anyhow::Error,
-        /// Whether it will be said at every further attempt, too.
-        is_final: bool,
-    },
+    /// What was written could not be saved, and that is said at every further attempt, too.
+    Never,
+}
+
+/// What could not be saved while a region was taken away.
+#[derive(Debug, Default)]
+pub(super) struct Failures {
+    /// What the kernel was told, and says once. What was written over it may be here still, or nowhere.
+    pub(super) told: Option<anyhow::Error>,
+    /// What programs have written and is nowhere any more, as far as the last attempt found.
+    pub(super) missing: Option<anyhow::Error>,
+}
+
+pub(super) fn lock(failures: &Mutex<Failures>) -> MutexGuard<'_, Failures> {
+    // Each change is the replacement of one value.
+    failures.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Place {
@@ -90,26 +98,24 @@ impl Place {
         }
     }
 
-    /// Has the kernel write back what it has cached, and takes the region away.
-    pub(super) fn unmount(&self) -> Result<(), Held> {
+    /// Has the kernel write back what it has cached, and takes the region away. What cannot be saved is added to `failures`.
+    pub(super) fn unmount(&self, failures: &Mutex<Failures>) -> Result<(), Held> {
         match self {
             #[cfg(feature = "fuse")]
-            Self::File { file, root, .. } => unmount_file(file, root),
+            Self::File { file, root, .. } => unmount_file(file, root, failures),
             #[cfg(feature = "nbd-device")]
             Self::Device(device, _) => {
                 use memferry::frontend::nbd::DetachError;
                 // Longer than udev looks at it; whoever else uses it is told of in between.
                 let limit = std::time::Duration::from_secs(2);
-                let mut device = device
-                    .lock()
-                    .unwrap_or_else(std::sync::PoisonError::into_inner);
+                let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
                 match device.detach(limit) {
                     Ok(()) | Err(DetachError::Detached { .. }) => Ok(()),
                     Err(error @ DetachError::Busy { .. }) => Err(Held::Busy(error.to_string())),
-                    Err(error @ DetachError::Unsaved { .. }) => Err(Held::Unsaved {
-                        error: error.into(),
-                        is_final: true,
-                    }),
+                    Err(error @ DetachError::Unsaved { .. }) => {
+                        lock(failures).told.get_or_insert_with(|| error.into());
+                        Err(Held::Never)
+                    }
                     Err(error) => Err(Held::Failed(error.into())),
                 }
             }
@@ -124,11 +130,7 @@ impl Place {
                 // What cannot be detached is aborted when it is dropped.
                 let _ = file.detach();
                 // A thread that waits for the server may keep this value until the process ends.
-                std::mem::take(
-                    &mut *made
-                        .lock()
-                        .unwrap_or_else(std::sync::PoisonError::into_inner),
-                );
+                std::mem::take(&mut *made.lock().unwrap_or_else(PoisonError::into_inner));
             }
             // It is disconnected when it is dropped, or the process ends.
             #[cfg(feature = "nbd-device")]
@@ -138,23 +140,31 @@ impl Place {
 }
 
 #[cfg(feature = "fuse")]
-fn unmount_file(file: &memferry::frontend::FuseFile, root: &Path) -> Result<(), Held> {
+fn unmount_file(
+    file: &memferry::frontend::FuseFile,
+    root: &Path,
+    failures: &Mutex<Failures>,
+) -> Result<(), Held> {
     use memferry::frontend::FuseUnmountError;
     if file.has_ended() {
         return Ok(());
     }
-    if let Err(error) = file.sync() {
-        // Somebody has unmounted it meanwhile, and had the kernel write it back.
-        let is_gone = error.kind() == std::io::ErrorKind::NotConnected;
+    let synced = file.sync();
+    lock(failures).missing = None;
+    if let Err(error) = synced {
+        let (kind, is_of_the_kernel) = (error.kind(), error.raw_os_error().is_some());
         let error = anyhow::Error::new(error).context("cannot save what was written to the file");
-        return Err(match is_gone {
-            true => Held::Failed(error),
-            // The kernel says each loss once; the next attempt may well succeed.
-            false => Held::Unsaved {
-                error,
-                is_final: false,
-            },
-        });
+        if kind == std::io::ErrorKind::NotConnected {
+            // Somebody has unmounted it meanwhile.
+            return Err(Held::Failed(error));
+        }
+        if is_of_the_kernel {
+            let why = anyhow::anyhow!("{error:#}");
+            lock(failures).told.get_or_insert(error);
+            return Err(Held::Failed(why));
+        }
+        // The file's own word: trying again does not help, unless a program that has it open writes again.
+        lock(failures).missing = Some(error);
     }
     match file.unmount() {
         Ok(()) => Ok(()),
@@ -279,7 +289,7 @@ fn device(args: &Mount, region: &Region) -> anyhow::Result<Place> {
     };
     let device = Device::attach(region.storage(), &options)?;
     let path = device.path().to_owned();
-    Ok(Place::Device(Box::new(std::sync::Mutex::new(device)), path))
+    Ok(Place::Device(Box::new(Mutex::new(device)), path))
 }
 
 #[cfg(not(feature = "nbd-device"))]

@@ -14,6 +14,7 @@ use memferry::chunk::Storage;
 use memferry::mount::{CloseError, Managed, ManagedOptions, MountProgress, Push};
 
 use super::Mount;
+use super::place::Failures;
 
 /// Where what is here is kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -132,15 +133,11 @@ impl Region {
         self.managed.as_ref().map(|managed| managed.progress())
     }
 
-    /// Saves what was written; nothing can be written after that. `unsaved` is why an earlier attempt of the kernel to save it failed.
+    /// Saves what was written; nothing can be written after that. `failures` is what could not be saved before.
     ///
     /// # Errors
     /// [`Lost`] or [`Unsaved`].
-    pub(super) fn close(
-        &self,
-        deadline: Duration,
-        unsaved: Option<anyhow::Error>,
-    ) -> anyhow::Result<()> {
+    pub(super) fn close(&self, deadline: Duration, failures: Failures) -> anyhow::Result<()> {
         let Some(managed) = &self.managed else {
             self.remote.flush().map_err(Lost)?;
             // Each loss is told once, and it may have been told to the kernel.
@@ -148,14 +145,11 @@ impl Region {
             if !ranges.is_empty() {
                 return Err(Lost(io::Error::other(DoubtfulWrites { ranges })).into());
             }
-            return match unsaved {
-                Some(error) => Err(Lost(io::Error::other(error)).into()),
-                None => Ok(()),
-            };
+            return lost(failures.missing.or(failures.told));
         };
-        // What the kernel has brought it has still, and saves now.
+        // What the kernel was told of was brought here, and is saved now.
         match managed.close(deadline) {
-            Ok(()) => Ok(()),
+            Ok(()) => lost(failures.missing),
             Err(error) => {
                 let kept = self.keep(&error);
                 Err(Unsaved {
@@ -191,10 +185,14 @@ fn hint(kept: Option<&Path>) -> String {
     })
 }
 
-/// What was written to a direct mount is not known to be saved.
+/// What was written is not known to be saved, and not here either.
 #[derive(Debug, thiserror::Error)]
 #[error("what was written last may be lost")]
 pub(crate) struct Lost(#[source] pub(super) io::Error);
+
+fn lost(why: Option<anyhow::Error>) -> anyhow::Result<()> {
+    why.map_or(Ok(()), |why| Err(Lost(io::Error::other(why)).into()))
+}
 
 fn local(cache: &Cache, len: u64) -> anyhow::Result<(Arc<dyn Storage>, Option<CacheFile>)> {
     let Cache::Path(path) = cache else {
