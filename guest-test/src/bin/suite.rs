@@ -237,14 +237,13 @@ fn steps() -> Vec<Step> {
     ]
 }
 
-/// The tests that loom runs, with its own locks in place of the standard library's; compiled apart, and optimised, because
-/// there are many interleavings.
+/// The tests that loom runs, with its own locks in place of the standard library's; compiled apart.
 fn loom() -> Command {
     let mut command = cargo(&["test", "-p", "memferry", "--lib", "loom"]);
     command
         .env("RUSTFLAGS", "--cfg loom")
         .env("CARGO_TARGET_DIR", image::workspace().join("target/loom"))
-        .env("CARGO_PROFILE_DEV_OPT_LEVEL", "2")
+        .env("CARGO_PROFILE_DEV_DEBUG", "0")
         // Nearly every mistake shows with two, and each more takes many times as long.
         .env("LOOM_MAX_PREEMPTIONS", "2");
     command
