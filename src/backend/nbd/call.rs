@@ -43,6 +43,19 @@ pub(super) enum Wants {
     Nothing,
 }
 
+/// How many parts an answer may have beyond the bytes that were asked for: errors, of which there may be one for each block.
+const PARTS: u64 = 1024;
+
+impl Wants {
+    /// How much the parts of the answer weigh at most.
+    pub(super) fn room(self) -> u64 {
+        match self {
+            Self::Bytes(_, len) => u64::from(len) + PARTS,
+            Self::Extents | Self::Nothing => PARTS,
+        }
+    }
+}
+
 /// A part of an answer.
 #[derive(Debug)]
 pub(super) enum News {
@@ -56,6 +69,17 @@ pub(super) enum News {
     Error(Errno),
     /// Nothing but, perhaps, that it is done.
     Nothing,
+}
+
+impl News {
+    /// How much it takes of [`Wants::room`]: what it is about, at most. There is one status in an answer.
+    pub(super) fn weight(&self) -> u64 {
+        match self {
+            Self::Bytes(_, bytes) => bytes.len() as u64,
+            Self::Status(_) => PARTS - 1,
+            Self::Zeros(..) | Self::Error(_) | Self::Nothing => 1,
+        }
+    }
 }
 
 impl<'a> Call<'a> {
@@ -130,6 +154,11 @@ impl<'a> Call<'a> {
             return Err(misplaced.into());
         }
         Ok(&mut buf[range])
+    }
+
+    /// Whether an error has come.
+    pub(super) fn has_failed(&self) -> bool {
+        self.error.is_some()
     }
 
     /// Takes note of a part of the answer.

@@ -69,7 +69,13 @@ struct Batch<'c, 'a> {
 
 impl Batch<'_, '_> {
     fn note(&mut self, index: usize, news: News, last: bool) -> Result<(), Fault> {
-        self.calls[index].note(news)?;
+        let call = &mut self.calls[index];
+        // A server may say of many offsets that they failed, but not put the deadline off by it.
+        let again = matches!(news, News::Error(_)) && call.has_failed();
+        call.note(news)?;
+        if again && !last {
+            return Ok(());
+        }
         self.progressed(index, last)
     }
 
@@ -209,7 +215,8 @@ impl Connection {
         if calls.is_empty() {
             return Ok(());
         }
-        let cookie = me.expect(first, calls.iter().map(Call::wants))?;
+        let room = calls.iter().map(|call| call.wants().room()).sum();
+        let cookie = me.expect(first, calls.iter().map(Call::wants), room)?;
         // The common case, which allocates nothing.
         if let [call] = calls {
             let header = header(call, cookie);
@@ -294,6 +301,8 @@ impl Connection {
     fn read_one(&self, me: &Me<'_>, batch: &mut Batch<'_, '_>) -> Result<(), Fault> {
         let inbox = &mut *self.inbox();
         let deadline = batch.deadline;
+        // Answers to others do not put it off.
+        left(deadline)?;
         let magic: [u8; 4] = inbox.take(&self.wire, deadline)?;
         let len = ReplyHeader::len_of(magic)?;
         let mut bytes = [0; 64];
@@ -460,7 +469,10 @@ impl Connection {
         if me.owns(owner) {
             return batch.note(index, news, last);
         }
-        me.deliver(owner, Mail { index, news, last });
+        let weight = news.weight();
+        if !me.deliver(owner, Mail { index, news, last }, weight) {
+            return Err(Misbehaviour::TooMuch.into());
+        }
         Ok(())
     }
 }

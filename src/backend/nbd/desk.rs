@@ -54,6 +54,8 @@ struct Seat<P, M> {
     waits: bool,
     /// Read by others, for who sits here.
     tray: Vec<M>,
+    /// How much more may be put there.
+    room: u64,
     /// Came with the reading role.
     handed: Option<P>,
 }
@@ -123,6 +125,7 @@ impl<T: Copy, P, M, B: Clone> Desk<T, P, M, B> {
                 bell: Arc::new(Condvar::new()),
                 waits: false,
                 tray: Vec::new(),
+                room: 0,
                 handed: None,
             });
             state.seats.len() - 1
@@ -147,7 +150,8 @@ impl<T: Copy, P, M, B: Clone> Desk<T, P, M, B> {
 }
 
 impl<T: Copy, P, M, B: Clone> Caller<'_, T, P, M, B> {
-    /// Announces requests, before they are sent. Their cookies count up from the one returned, their indexes from `first`.
+    /// Announces requests, before they are sent. Their cookies count up from the one returned, their indexes from `first`. What others read
+    /// for this caller may have so much `room` more.
     ///
     /// # Errors
     /// Why the connection has ended, if it has.
@@ -155,6 +159,7 @@ impl<T: Copy, P, M, B: Clone> Caller<'_, T, P, M, B> {
         &self,
         first: usize,
         requests: impl ExactSizeIterator<Item = T>,
+        room: u64,
     ) -> Result<u64, B> {
         let mut state = self.desk.lock();
         if let Some(broken) = &state.broken {
@@ -163,6 +168,8 @@ impl<T: Copy, P, M, B: Clone> Caller<'_, T, P, M, B> {
         let cookie = state.next_cookie;
         state.next_cookie += requests.len() as u64;
         let seat = self.seat;
+        let has = &mut state.seats[seat].room;
+        *has = has.saturating_add(room);
         for ((index, about), cookie) in (first..).zip(requests).zip(cookie..) {
             let expected = Expected { seat, index, about };
             state.expected.insert(cookie, expected);
@@ -247,14 +254,20 @@ impl<T: Copy, P, M, B: Clone> Caller<'_, T, P, M, B> {
         (Route::HandedOver, None)
     }
 
-    /// Gives what was read to whom it belongs.
-    pub(super) fn deliver(&self, to: &Expected<T>, mail: M) {
+    /// Gives what was read to whom it belongs; `false` if there is no room for so much there.
+    #[must_use]
+    pub(super) fn deliver(&self, to: &Expected<T>, mail: M, weight: u64) -> bool {
         let mut state = self.desk.lock();
         let seat = &mut state.seats[to.seat];
+        let Some(room) = seat.room.checked_sub(weight) else {
+            return false;
+        };
+        seat.room = room;
         seat.tray.push(mail);
         if seat.waits {
             seat.bell.notify_one();
         }
+        true
     }
 }
 
@@ -283,6 +296,7 @@ impl<T, P, M, B: Clone> Drop for Caller<'_, T, P, M, B> {
         state.pass_role(self.seat);
         let seat = &mut state.seats[self.seat];
         seat.tray.clear();
+        seat.room = 0;
         seat.handed = None;
         // What a caller leaves unanswered, it leaves on a connection that has ended.
         state.free.push(self.seat);
@@ -299,12 +313,13 @@ mod tests {
         let desk: Desk<(), u8, u8, ()> = Desk::new();
         let soon = Instant::now() + Duration::from_secs(10);
         let (reads, waits) = (desk.sit().unwrap(), desk.sit().unwrap());
-        let cookie = waits.expect(0, [(), ()].into_iter()).unwrap();
+        let cookie = waits.expect(0, [(), ()].into_iter(), 1).unwrap();
         assert!(reads.take_role());
         // As it is while that one has not yet woken.
         desk.lock().seats[waits.seat].waits = true;
         let small = reads.look_up(cookie, true).unwrap();
-        reads.deliver(&small, 1);
+        assert!(reads.deliver(&small, 1, 1));
+        assert!(!reads.deliver(&small, 1, 1), "more than was asked for");
         let large = reads.look_up(cookie + 1, true).unwrap();
         assert_eq!(reads.hand_over(&large, 2), (Route::HandedOver, None));
         let next = waits.next(soon).unwrap();
@@ -333,7 +348,7 @@ mod loom_tests {
 
     impl Server {
         fn ask(&self, me: &Caller<'_, (), (), (), ()>) {
-            let cookie = me.expect(0, std::iter::once(())).unwrap();
+            let cookie = me.expect(0, std::iter::once(()), 1).unwrap();
             self.answers.lock().unwrap().push_back(cookie);
             self.came.notify_one();
         }
@@ -362,7 +377,7 @@ mod loom_tests {
                             return;
                         }
                         if !large || me.hand_over(&owner, ()).0 == Route::ReadOn {
-                            me.deliver(&owner, ());
+                            assert!(me.deliver(&owner, (), 1));
                         }
                     }
                 }
@@ -412,7 +427,7 @@ mod loom_tests {
                 let desk = Arc::clone(&desk);
                 thread::spawn(move || {
                     let Ok(me) = desk.sit() else { return };
-                    if me.expect(0, std::iter::once(())).is_err() {
+                    if me.expect(0, std::iter::once(()), 1).is_err() {
                         return;
                     }
                     // With the role there is a socket to wait on, which is shut down.

@@ -29,6 +29,9 @@ pub enum Misbehaviour {
         /// How many they are.
         wanted_len: u64,
     },
+    /// Answers without end.
+    #[error("it answered with more than was asked for")]
+    TooMuch,
     /// Success without all of its bytes.
     #[error("it said that a read was done and had sent {covered} of {wanted} bytes")]
     Short {

@@ -315,6 +315,32 @@ fn a_server_that_sends_a_byte_now_and_then_costs_the_deadline_once() {
 }
 
 #[test]
+fn a_server_that_says_without_end_that_it_failed_costs_the_deadline_once() {
+    let server = Fake::new(Manner::new(SIZE), |_, stream| {
+        let (request, _) = request(stream)?;
+        let error = ErrorChunk {
+            error: Errno::Io,
+            message: String::new(),
+            offset: None,
+        };
+        let (kind, payload) = (error.kind(), error.encode());
+        stream.set_read_timeout(Some(Duration::from_millis(20)))?;
+        loop {
+            stream.write_all(&chunk(request.cookie, kind, false, &payload))?;
+            // The client says nothing more, so this waits.
+            let _ = stream.peek(&mut [0]);
+        }
+    });
+    let deadline = Duration::from_millis(700);
+    let remote = server.connect(deadline);
+    let begun = Instant::now();
+    let error = remote.read_exact_at(&mut [0; 4096], 0).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
+    let took = begun.elapsed();
+    assert!(took < deadline * 2 + Duration::from_secs(3), "{took:?}");
+}
+
+#[test]
 fn an_export_larger_than_any_file_is_refused() {
     let sizes = [1 << 63, u64::MAX];
     for size in sizes {
