@@ -3,12 +3,12 @@
 use std::fmt::Debug;
 use std::io;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::managed::{CloseError, Managed};
 use crate::backend::nbd::DoubtfulWrites;
-use crate::chunk::Storage;
+use crate::chunk::{Ranges, Storage};
 use crate::frontend::Slice;
 #[cfg(feature = "nbd-device")]
 use crate::frontend::nbd::{DetachError, Device};
@@ -58,65 +58,127 @@ impl Mounted for Managed {
 }
 
 /// A storage that is mounted as it is: what is read comes from it every time, and what is written goes to it at once.
+///
+/// What a flush could not make durable is remembered until it is written again: the storage says it once, and not at the end any more.
 #[derive(Debug)]
-pub struct Direct(Arc<dyn Storage>);
+pub struct Direct {
+    storage: Arc<dyn Storage>,
+    written: Mutex<Written>,
+}
+
+/// What came by way of a direct mount.
+#[derive(Debug, Default)]
+struct Written {
+    /// And no flush has begun since.
+    unflushed: Ranges,
+    /// And a flush has failed since.
+    doubtful: Ranges,
+    /// How many flushes have failed.
+    failures: u64,
+}
+
+impl Written {
+    /// Says how many flushes have failed.
+    fn add(&mut self, range: Range<u64>) -> u64 {
+        self.unflushed.add(range);
+        self.failures
+    }
+}
 
 impl Direct {
     /// Mounts `storage` as it is.
     pub fn new(storage: Arc<dyn Storage>) -> Self {
-        Self(storage)
+        Self {
+            storage,
+            written: Mutex::default(),
+        }
+    }
+
+    fn written(&self) -> MutexGuard<'_, Written> {
+        // A set of ranges is right, or too large, after each of its steps.
+        self.written.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes `range` by `write`.
+    fn write(&self, range: Range<u64>, write: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        // Before and after: a flush meanwhile may cover it or not.
+        let failures = self.written().add(range.clone());
+        write()?;
+        let mut written = self.written();
+        if written.add(range.clone()) == failures {
+            written.doubtful.remove(range);
+        }
+        Ok(())
     }
 }
 
 impl Storage for Direct {
     fn len(&self) -> u64 {
-        self.0.len()
+        self.storage.len()
     }
 
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.0.read_exact_at(buf, offset)
+        self.storage.read_exact_at(buf, offset)
     }
 
     fn write_all_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        self.0.write_all_at(buf, offset)
+        // What reaches beyond the end is refused below.
+        let range = offset..offset.saturating_add(buf.len() as u64);
+        self.write(range, || self.storage.write_all_at(buf, offset))
     }
 
     fn zero(&self, range: Range<u64>) -> io::Result<()> {
-        self.0.zero(range)
+        self.write(range.clone(), || self.storage.zero(range))
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.0.flush()
+        // Before the flush: what is written during it may not be covered by it.
+        let unflushed = std::mem::take(&mut self.written().unflushed);
+        self.storage.flush().inspect_err(|error| {
+            let mut written = self.written();
+            written.failures += 1;
+            let doubtful = &mut written.doubtful;
+            match named(error) {
+                Some(ranges) => ranges.iter().for_each(|range| doubtful.add(range.clone())),
+                None => doubtful.extend(unflushed),
+            }
+        })
     }
 
     fn data_ranges(&self, within: Range<u64>) -> io::Result<Vec<Range<u64>>> {
-        self.0.data_ranges(within)
+        self.storage.data_ranges(within)
     }
 
     fn read_ahead_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.0.read_ahead_at(buf, offset)
+        self.storage.read_ahead_at(buf, offset)
     }
 
     fn is_at_hand(&self, range: Range<u64>) -> bool {
-        self.0.is_at_hand(range)
+        self.storage.is_at_hand(range)
     }
 }
 
 impl Mounted for Direct {
     /// Flushes, once: nothing here knows the bytes that a second attempt would need.
     fn close(&self, _deadline: Duration) -> Result<(), CloseError> {
-        self.flush().map_err(|source| {
-            let doubtful = source
-                .get_ref()
-                .and_then(|inner| inner.downcast_ref::<DoubtfulWrites>());
-            let ranges = match doubtful {
-                Some(doubtful) => doubtful.ranges.clone(),
-                // Something of it, and nobody knows what.
-                None => std::iter::once(0..self.len()).collect(),
-            };
-            CloseError::Lost { ranges, source }
-        })
+        let flushed = self.flush();
+        let ranges = self.written().doubtful.to_vec(self.len());
+        match flushed {
+            Err(source) => Err(CloseError::Lost { ranges, source }),
+            Ok(()) if ranges.is_empty() => Ok(()),
+            Ok(()) => {
+                let source =
+                    io::Error::other("a flush has failed, and they were not written again since");
+                Err(CloseError::Lost { ranges, source })
+            }
+        }
     }
+}
+
+/// Which writes a flush says it has failed for, if it knows.
+fn named(error: &io::Error) -> Option<&[Range<u64>]> {
+    let doubtful = error.get_ref()?.downcast_ref::<DoubtfulWrites>()?;
+    Some(&doubtful.ranges)
 }
 
 /// A storage and a front end that shows it.
@@ -252,7 +314,6 @@ mod tests {
     use super::*;
     use crate::backend::MemoryStorage;
     use crate::chunk::{Fault, Faulty, Operation};
-    use std::sync::Mutex;
 
     const LONG: Duration = Duration::from_secs(20);
 
@@ -345,6 +406,29 @@ mod tests {
             mount.close(LONG),
             Err(UnmountError::Close(CloseError::Lost { .. }))
         ));
+    }
+
+    #[test]
+    fn what_an_earlier_flush_has_failed_for_is_lost_at_the_end_unless_it_was_written_again() {
+        let faulty = Faulty::new(Arc::new(MemoryStorage::new(10_000)));
+        let faults = faulty.faults();
+        let direct = Direct::new(Arc::new(faulty));
+        direct.write_all_at(&[1; 100], 50).unwrap();
+        direct.flush().unwrap();
+        direct.write_all_at(&[1; 100], 1000).unwrap();
+        faults.add(
+            Fault::error(io::ErrorKind::Other)
+                .on(Operation::Flush)
+                .times(1),
+        );
+        direct.flush().unwrap_err();
+        direct.write_all_at(&[1; 40], 1000).unwrap();
+        let Err(CloseError::Lost { ranges, .. }) = direct.close(LONG) else {
+            panic!("it was not told");
+        };
+        assert_eq!((ranges.len(), ranges[0].clone()), (1, 1040..1100));
+        direct.zero(1000..1100).unwrap();
+        direct.close(LONG).unwrap();
     }
 
     crate::chunk::conformance::storage_conformance!(|len| {
