@@ -53,8 +53,8 @@ pub struct DirectoryStore {
 struct State {
     /// Put and not flushed, and by which put: the number in the name of its file.
     pending: BTreeMap<u64, u64>,
-    /// Of the pending, those that a sync failed for: the kernel takes their bytes for written, and a second sync would
-    /// too.
+    /// Of the pending, those that a sync failed for, or may have in an earlier process: the kernel takes their bytes for
+    /// written, and a second sync would too.
     doubtful: BTreeSet<u64>,
     /// Folders whose entries changed since they were synced.
     changed: BTreeSet<u64>,
@@ -155,6 +155,8 @@ impl DirectoryStore {
             };
             state.next = state.next.max(put + 1);
             state.unflushed = true;
+            // A sync of it may have failed then, which the next one does not say.
+            state.doubtful.insert(chunk);
             let older = match state.pending.get(&chunk) {
                 Some(&newer) if newer > put => Some(put),
                 _ => state.pending.insert(chunk, put),

@@ -189,6 +189,21 @@ fn a_flush_after_a_failed_one_writes_again_what_may_be_lost() {
 }
 
 #[test]
+fn what_an_earlier_process_left_is_written_again_before_it_is_taken_for_durable() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path()).unwrap();
+    put(&store, 7, 1);
+    store.sync_fails.store(true, Ordering::Relaxed);
+    assert!(store.flush().is_err());
+    drop(store);
+    let store = open(folder.path()).unwrap();
+    assert_eq!(store.state().doubtful, BTreeSet::from([7]));
+    store.flush().unwrap();
+    assert!(store.state().pending.is_empty() && store.state().doubtful.is_empty());
+    assert_eq!(page_of(&store, 7), Some(1));
+}
+
+#[test]
 fn a_flush_syncs_only_what_changed_since() {
     let store = temporary(ChunkSize::PAGE, 10_000 * PAGE);
     put(&store.0, 1, 1);
