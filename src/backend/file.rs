@@ -23,6 +23,8 @@ pub struct FileStorage {
     len: u64,
     /// Where the last page ends, if there is anything behind the last byte.
     end_of_pages: u64,
+    /// What becomes a hole begins and ends at a multiple of this, on a disk; a file system does the rest itself.
+    block: u64,
     /// Whether the file system keeps it in memory.
     in_memory: bool,
 }
@@ -35,11 +37,13 @@ impl FileStorage {
     pub fn new(file: File) -> io::Result<Self> {
         use std::os::unix::fs::FileTypeExt;
         let metadata = file.metadata()?;
-        let (len, end_of_pages) = if metadata.is_file() {
-            (metadata.len(), metadata.len().next_multiple_of(page_size()))
+        let (len, end_of_pages, block) = if metadata.is_file() {
+            let len = metadata.len();
+            (len, len.next_multiple_of(page_size()), 1)
         } else if metadata.file_type().is_block_device() {
             let len = rustix::fs::seek(&file, SeekFrom::End(0))?;
-            (len, len)
+            let block = rustix::fs::ioctl_blksszget(&file)?.max(1);
+            (len, len, u64::from(block))
         } else {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
@@ -51,6 +55,7 @@ impl FileStorage {
             file,
             len,
             end_of_pages,
+            block,
             in_memory,
         })
     }
@@ -78,6 +83,12 @@ impl FileStorage {
         self.check(range.start, len)?;
         if len == 0 {
             return Ok(());
+        }
+        let whole = whole_blocks(&range, self.block);
+        if whole != range {
+            write_zeros(self, range.start..whole.start)?;
+            write_zeros(self, whole.end..range.end)?;
+            return self.punch(whole);
         }
         // The kernel would take the last page for a part of one, zero it and leave it present: no access would fault.
         let len = if range.end == self.len {
@@ -178,6 +189,15 @@ impl Storage for FileStorage {
 impl AsFd for FileStorage {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
+    }
+}
+
+/// The blocks that are wholly in `range`; none, at its end, if there are none.
+fn whole_blocks(range: &Range<u64>, block: u64) -> Range<u64> {
+    let end = range.end - range.end % block;
+    match range.start.checked_next_multiple_of(block) {
+        Some(start) if start < end => start..end,
+        _ => range.end..range.end,
     }
 }
 
@@ -307,6 +327,55 @@ mod tests {
             assert!(storage.is_at_hand(4096..12288));
             assert!(!storage.is_at_hand(4096..(1 << 20) + 1) || storage.in_memory);
         }
+    }
+
+    #[test]
+    fn only_whole_blocks_become_holes() {
+        for (range, whole) in [
+            (512..1024, 512..1024),
+            (0..1000, 0..512),
+            (1..1536, 512..1536),
+            (1..1023, 1023..1023),
+            (513..1025, 1025..1025),
+            (u64::MAX - 1..u64::MAX, u64::MAX..u64::MAX),
+        ] {
+            assert_eq!(whole_blocks(&range, 512), whole, "{range:?}");
+            assert_eq!(whole_blocks(&range, 1), range);
+        }
+    }
+
+    #[test]
+    #[ignore = "privileged: needs root (loop devices)"]
+    fn a_part_of_a_block_of_a_disk_is_zeroed_and_the_rest_of_it_stays() {
+        let mut disk = tempfile::NamedTempFile::new().unwrap();
+        io::Write::write_all(&mut disk, &[1; 64 << 10]).unwrap();
+        let output = std::process::Command::new("losetup")
+            .args(["--find", "--show"])
+            .arg(disk.path())
+            .output()
+            .unwrap();
+        let device = String::from_utf8(output.stdout).unwrap();
+        let device = device.trim();
+        let outcome = std::panic::catch_unwind(|| {
+            let file = File::options().read(true).write(true).open(device).unwrap();
+            let storage = FileStorage::new(file).unwrap();
+            let mut expected = vec![1; 64 << 10];
+            for range in [100..200, 1000..9000, 20_000..20_480, 65_000..65_536] {
+                storage.zero(range.start..range.end).unwrap();
+                expected
+                    [usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap()]
+                    .fill(0);
+            }
+            let mut found = vec![2; 64 << 10];
+            storage.read_exact_at(&mut found, 0).unwrap();
+            assert!(found == expected);
+        });
+        let detached = std::process::Command::new("losetup")
+            .args(["--detach", device])
+            .status()
+            .unwrap();
+        outcome.unwrap();
+        assert!(detached.success());
     }
 
     #[test]
