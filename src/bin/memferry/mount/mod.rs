@@ -116,6 +116,7 @@ pub(crate) fn run(args: &Mount, output: Output) -> anyhow::Result<()> {
         "forcing it",
     )?;
     let region = Region::open(args)?;
+    region.wait_for_all(args, &signal)?;
     let place = Place::mount(args, &region)?;
     let path = place.path().to_owned();
     output.event(

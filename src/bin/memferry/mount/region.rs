@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
@@ -96,12 +97,10 @@ impl Region {
         let options = ManagedOptions {
             chunk_size: args.chunk_size,
             pull: !args.no_pull,
-            pull_first: args.pull_first,
             window,
             push,
             read_only: remote.is_read_only(),
-            // Its own error, which says more, comes before.
-            deadline: args.deadline + args.deadline / 2,
+            deadline: patience(args),
             ..ManagedOptions::default()
         };
         let managed = Managed::open(Arc::clone(&remote) as _, local, &options)
@@ -111,6 +110,30 @@ impl Region {
             managed: Some(Arc::new(managed)),
             file,
         })
+    }
+
+    /// Returns when everything is here, if that was asked for.
+    ///
+    /// # Errors
+    /// If a signal came, or nothing else for as long as the server may take to answer.
+    pub(super) fn wait_for_all(&self, args: &Mount, signal: &Receiver<()>) -> anyhow::Result<()> {
+        let Some(managed) = self.managed.clone().filter(|_| args.pull_first) else {
+            return Ok(());
+        };
+        let patience = patience(args);
+        // Not waited for when a signal has come: this process ends then.
+        let waiting = std::thread::spawn(move || managed.wait_for_all(patience));
+        while !waiting.is_finished() {
+            let signalled = signal.recv_timeout(Duration::from_millis(20));
+            ensure!(
+                signalled == Err(RecvTimeoutError::Timeout),
+                "it was ended before everything had come"
+            );
+        }
+        waiting
+            .join()
+            .unwrap_or_else(|_| Err(io::Error::other("the wait for it broke off")))
+            .context("cannot fetch the region")
     }
 
     pub(super) fn storage(&self) -> Arc<dyn Storage> {
@@ -189,6 +212,11 @@ fn hint(kept: Option<&Path>) -> String {
 #[derive(Debug, thiserror::Error)]
 #[error("what was written last may be lost")]
 pub(crate) struct Lost(#[source] pub(super) io::Error);
+
+/// How long a managed mount waits for the server: its own error, which says more, comes before.
+fn patience(args: &Mount) -> Duration {
+    args.deadline + args.deadline / 2
+}
 
 fn lost(why: Option<anyhow::Error>) -> anyhow::Result<()> {
     why.map_or(Ok(()), |why| Err(Lost(io::Error::other(why)).into()))
