@@ -108,6 +108,7 @@ fn unmount(place: &Place, forced: &AtomicBool, failures: &Mutex<Failures>, outpu
     loop {
         let why = match place.unmount(failures) {
             Ok(()) => return true,
+            #[cfg(feature = "nbd-device")]
             Err(Held::Never) => return false,
             Err(Held::Busy(why)) => why,
             Err(Held::Failed(error)) => format!("{error:#}"),

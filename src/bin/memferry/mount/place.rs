@@ -54,6 +54,7 @@ pub(super) enum Held {
     /// Something else, which may go well another time.
     Failed(anyhow::Error),
     /// What was written could not be saved, and that is said at every further attempt, too.
+    #[cfg(feature = "nbd-device")]
     Never,
 }
 
