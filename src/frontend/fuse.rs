@@ -334,6 +334,14 @@ impl FuseFile {
         self.mountpoint.unmount(true)
     }
 
+    /// Takes it away from whoever uses it, at once: what waits for an answer fails, also a [`sync`](Self::sync) of this process,
+    /// which could not end otherwise if the process ended. What the kernel has not written back is lost.
+    ///
+    /// One that was [detached](Self::detach) before can be aborted only where the kernel's control file system is mounted.
+    pub fn abort(&self) {
+        self.mountpoint.abort();
+    }
+
     /// Waits until it is unmounted, by us or by anybody, and no longer used; says whether it is.
     #[must_use]
     pub fn wait(&self, at_most: Duration) -> bool {

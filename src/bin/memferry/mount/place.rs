@@ -128,8 +128,9 @@ impl Place {
         match self {
             #[cfg(feature = "fuse")]
             Self::File { file, made, .. } => {
-                // What cannot be detached is aborted when it is dropped.
-                let _ = file.detach();
+                // Not detached: a thread of ours that waits for the kernel to write back, which waits for us, would never end, nor would
+                // the process, and whoever looks at it would wait with it.
+                file.abort();
                 // A thread that waits for the server may keep this value until the process ends.
                 std::mem::take(&mut *made.lock().unwrap_or_else(PoisonError::into_inner));
             }
