@@ -306,17 +306,17 @@ fn a_server_that_lets_further_connections_wait_in_silence_is_spoken_to_over_thos
     let server = Foreign::qemu_nbd(32 << 20, &["--shared=2"]);
     let remote = connect(&server);
     let mut buf = vec![1; 32 << 20];
-    remote.read_ahead_at(&mut buf, 0).unwrap();
-    assert!(buf.iter().all(|&byte| byte == 0));
-    // It has learned that.
     let begun = Instant::now();
-    remote.read_ahead_at(&mut buf, 0).unwrap();
-    remote.write_all_at(&buf, 0).unwrap();
-    assert!(
-        begun.elapsed() < Duration::from_secs(3),
-        "{:?}",
-        begun.elapsed()
-    );
+    // Which of them opens another connection, and finds out, depends on who comes first.
+    for _ in 0..4 {
+        buf.fill(1);
+        remote.read_ahead_at(&mut buf, 0).unwrap();
+        assert!(buf.iter().all(|&byte| byte == 0));
+        remote.write_all_at(&buf, 0).unwrap();
+    }
+    // What one connection costs that is not taken, and not what every one would.
+    let took = begun.elapsed();
+    assert!(took < Duration::from_secs(6), "{took:?}");
 }
 
 #[test]

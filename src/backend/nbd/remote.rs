@@ -253,9 +253,13 @@ impl Remote {
             let soon = deadline.min(Instant::now() + FURTHER);
             match lane.get(soon, || self.dial(soon), |_| false) {
                 Ok(connection) => return Ok(connection),
-                // A server that is away will be there again; one that does not want this one will not want it soon.
+                // A server that is away will be there again; one that does not want this one will not want it soon, nor another.
                 Err(Some(error)) if is_away(&error) => {}
-                Err(_) => lane.rest(NOT_AGAIN),
+                Err(_) => {
+                    for closed in self.lanes[1..].iter().filter(|lane| lane.open().is_none()) {
+                        closed.rest(NOT_AGAIN);
+                    }
+                }
             }
         }
         urgent
