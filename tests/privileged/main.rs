@@ -1,4 +1,5 @@
-//! Tests that need root: run them with `cargo test --test privileged -- --ignored`.
+//! Tests that need root: run them with `cargo test --test privileged -- --ignored --test-threads 1`.
+//! One at a time, because a child that one of them forks holds, until it is another program, what another would unmount.
 #![allow(clippy::unwrap_used, reason = "a test may panic, helpers too")]
 #![allow(unsafe_code, reason = "a victim makes raw system calls")]
 
