@@ -30,6 +30,7 @@ use self::filesystem::RegionFile;
 use self::mountpoint::{Mountpoint, Shape, Wish};
 use self::unsaved::Unsaved;
 use crate::chunk::{Caches, Storage};
+use crate::sys::apart::apart;
 
 /// How long a mount that is taken away may take to end. Its threads wait for nothing but the storage, which has deadlines.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -307,12 +308,15 @@ impl FuseFile {
     /// written again, by a program, or given up by [`invalidate`](Self::invalidate).
     ///
     /// # Errors
-    /// What the storage says, as an error of the file; that something could not be written back, now or earlier; [`io::ErrorKind::NotConnected`] if it is not mounted any more.
+    /// What the storage says, as an error of the file; that something could not be written back, now or earlier; otherwise
+    /// [`io::ErrorKind::NotConnected`] if it is not mounted any more.
     pub fn sync(&self) -> io::Result<()> {
         if self.has_ended() {
+            // The kernel has written back what it could.
+            self.unsaved.check()?;
             return Err(not_mounted());
         }
-        File::open(&self.path)?.sync_data()?;
+        apart(&self.path, |path| File::open(path)?.sync_data())?;
         // A file that is opened anew is told only what nobody has been told yet.
         self.unsaved.check()
     }

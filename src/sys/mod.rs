@@ -2,6 +2,7 @@
 //!
 //! Memory that others write is never lent as `&[u8]`. Layouts and ioctl numbers are asserted at compile time.
 
+pub mod apart;
 pub mod mapping;
 pub mod memfd;
 pub mod memory;

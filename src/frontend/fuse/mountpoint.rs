@@ -20,6 +20,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use rustix::process::{Pid, PidfdFlags};
 
 use super::{FuseMountError, FuseUnmountError};
+use crate::sys::apart::apart;
 
 /// How long anybody but the storage may take here: another mount to answer, a helper to end.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -157,17 +158,22 @@ impl Mountpoint {
         if !self.is_mounted().map_err(failed)? {
             return Ok(());
         }
-        let flags = if lazily {
-            UnmountFlags::DETACH
+        let unmounted = if lazily {
+            detach(&self.path)
         } else {
-            UnmountFlags::empty()
+            // The kernel has us write back what it has cached.
+            apart(&self.path, |path| {
+                Ok(rustix::mount::unmount(path, UnmountFlags::NOFOLLOW)?)
+            })
         };
-        match rustix::mount::unmount(&self.path, flags | UnmountFlags::NOFOLLOW) {
+        match unmounted {
             Ok(()) => Ok(()),
-            Err(Errno::BUSY) => Err(FuseUnmountError::Busy {
-                path: self.path.clone(),
-            }),
-            Err(Errno::PERM) if self.by_helper => {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                Err(FuseUnmountError::Busy {
+                    path: self.path.clone(),
+                })
+            }
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied && self.by_helper => {
                 unmount_by_helper(&self.path, lazily).map_err(failed)?;
                 match self.is_mounted() {
                     Ok(false) => Ok(()),
@@ -178,7 +184,7 @@ impl Mountpoint {
                     Err(error) => Err(failed(error)),
                 }
             }
-            Err(errno) => Err(failed(errno.into())),
+            Err(error) => Err(failed(error)),
         }
     }
 
@@ -348,13 +354,19 @@ fn wait_for(child: &mut Child) -> io::Result<()> {
 
 /// Removes the mount at `path`, whose server has died.
 fn remove_dead(path: &Path) -> io::Result<()> {
-    match rustix::mount::unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
-        Ok(()) => Ok(()),
-        Err(Errno::PERM) => unmount_by_helper(path, true),
+    match detach(path) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            unmount_by_helper(path, true)
+        }
         // Somebody else was quicker.
-        Err(Errno::INVAL) => Ok(()),
-        Err(errno) => Err(errno.into()),
+        Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(()),
+        detached => detached,
     }
+}
+
+fn detach(path: &Path) -> io::Result<()> {
+    let flags = UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
+    Ok(rustix::mount::unmount(path, flags)?)
 }
 
 /// Whether the file system that is mounted at `path` has a server that may answer some time.
