@@ -354,6 +354,31 @@ fn what_the_kernel_could_not_write_back_is_told_by_3_however_it_is_mounted() {
 
 #[test]
 #[ignore = "privileged: needs root and /dev/fuse"]
+fn saving_is_given_up_by_a_further_signal_though_nothing_is_mounted_any_more() {
+    // Nobody looked at signals then, for ten minutes.
+    let mut served = Served::new();
+    let mut mounted = served.mount(&["--push-interval", "0s"]);
+    wait_until("all is here", || {
+        fs::read(&mounted.at).is_ok_and(|bytes| bytes == pattern())
+    });
+    let file = mounted.open();
+    served.kill();
+    file.write_all_at(&[9; 100], 4096).unwrap();
+    in_time(move || drop(file));
+    let status = Command::new("umount").arg(&mounted.at).status().unwrap();
+    assert!(status.success());
+    wait_until("it has ended", || {
+        let ended = mounted.process.try_wait().unwrap().is_some();
+        if !ended {
+            let _ = rustix::process::kill_process(Pid::from_child(&mounted.process), Signal::INT);
+        }
+        ended
+    });
+    assert_eq!(code(&mut mounted.process), Some(3));
+}
+
+#[test]
+#[ignore = "privileged: needs root and /dev/fuse"]
 fn a_mount_that_was_killed_leaves_nobody_hanging_and_can_be_mounted_again() {
     let served = Served::new();
     let mut mounted = served.mount(&["--direct"]);
@@ -372,6 +397,28 @@ fn a_mount_that_was_killed_leaves_nobody_hanging_and_can_be_mounted_again() {
     let again = served.mount(&[]);
     assert!(fs::read(&again.at).unwrap() == pattern());
     assert_eq!(again.end(), Some(0));
+}
+
+#[test]
+#[ignore = "privileged: needs root and /dev/fuse"]
+fn a_mount_that_was_killed_while_it_waited_for_itself_leaves_nobody_hanging() {
+    let served = Served::new();
+    let mut mounted = served.mount(&["--direct"]);
+    let file = mounted.open();
+    file.write_all_at(&[9; 100], 0).unwrap();
+    let server = served.server.as_ref().unwrap();
+    signal(server, Signal::STOP);
+    signal(&mounted.process, Signal::INT);
+    let tasks = format!("/proc/{}/task", mounted.process.id());
+    wait_until("it waits for what it has written back itself", || {
+        fs::read_dir(&tasks).unwrap().flatten().any(|task| {
+            fs::read_to_string(task.path().join("comm")).is_ok_and(|name| name.trim() == "apart")
+        })
+    });
+    mounted.process.kill().unwrap();
+    assert_eq!(code(&mut mounted.process), None);
+    in_time(move || file.read_exact_at(&mut [0; 100], 7 << 20).unwrap_err());
+    signal(server, Signal::CONT);
 }
 
 #[test]
@@ -473,6 +520,22 @@ fn who_unmounts_by_hand_ends_it() {
     assert!(status.success());
     assert_eq!(code(&mut mounted.process), Some(0));
     assert_eq!(served.disk()[..10], [3; 10]);
+}
+
+#[test]
+#[ignore = "privileged: needs root and /dev/fuse"]
+fn who_unmounts_by_hand_what_cannot_be_saved_is_told_by_3() {
+    let mut served = Served::new();
+    let mut mounted = served.mount(&["--direct"]);
+    let file = mounted.open();
+    served.kill();
+    file.write_all_at(&[3; 4096], 0).unwrap();
+    // The kernel writes back, in vain, what is closed and what is unmounted.
+    in_time(move || drop(file));
+    let at = mounted.at.clone();
+    in_time(move || Command::new("umount").arg(at).status().unwrap());
+    wait_until("it is unmounted", || !mounted.is_mounted());
+    assert_eq!(code(&mut mounted.process), Some(3));
 }
 
 #[test]

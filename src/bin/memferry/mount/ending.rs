@@ -1,7 +1,7 @@
 //! Ending a mount: what was written is saved, then the mount taken away; or, if the user insists, the other way round.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -22,14 +22,14 @@ const FORCED: Duration = Duration::from_secs(3);
 const PATIENCE: Duration = Duration::from_secs(600);
 
 /// A mount that is being ended.
-pub(super) struct Ending<'a> {
-    region: &'a Region,
+pub(super) struct Ending {
+    region: Arc<Region>,
     place: Arc<Place>,
     output: Output,
 }
 
-impl<'a> Ending<'a> {
-    pub(super) fn new(region: &'a Region, place: Place, output: Output) -> Self {
+impl Ending {
+    pub(super) fn new(region: Arc<Region>, place: Place, output: Output) -> Self {
         Self {
             region,
             place: Arc::new(place),
@@ -67,7 +67,7 @@ impl<'a> Ending<'a> {
                     if let Some(program) = &mut program {
                         program.kill();
                     }
-                    self.say_what_is_at_stake();
+                    say_what_is_at_stake(&self.region, self.output);
                     break;
                 }
                 Err(RecvTimeoutError::Timeout) => {}
@@ -78,26 +78,60 @@ impl<'a> Ending<'a> {
         if forced || !unmounting.join().unwrap_or(false) {
             self.place.force();
         }
-        drop(self.place);
         let deadline = match forced {
             true => FORCED,
             false => PATIENCE.max(deadline),
         };
         let failures = std::mem::take(&mut *lock(&failures));
-        self.region.close(deadline, failures)
+        let Self {
+            region,
+            place,
+            output,
+        } = self;
+        drop(place);
+        save(&region, signal, deadline, failures, output)
     }
+}
 
-    fn say_what_is_at_stake(&self) {
-        let dirty = self.region.progress().map(|progress| progress.dirty);
-        self.output.event("forced", &json!({ "dirty": dirty }));
-        let known = match dirty {
-            Some(dirty) => format!("{} that are not saved yet", bytesize::ByteSize(dirty)),
-            None => "what the server has not said to be durable".to_owned(),
-        };
-        self.output.remark(&format!(
-            "memferry: taking it away from whoever uses it. At stake are {known}, and what programs have written and the kernel has not \
-             passed on"
-        ));
+fn say_what_is_at_stake(region: &Region, output: Output) {
+    let dirty = region.progress().map(|progress| progress.dirty);
+    output.event("forced", &json!({ "dirty": dirty }));
+    let known = match dirty {
+        Some(dirty) => format!("{} that are not saved yet", bytesize::ByteSize(dirty)),
+        None => "what the server has not said to be durable".to_owned(),
+    };
+    output.remark(&format!(
+        "memferry: taking it away from whoever uses it. At stake are {known}, and what programs have written and the kernel has not \
+         passed on"
+    ));
+}
+
+/// Saves what was written, however long it takes up to `deadline`. A signal forces it.
+fn save(
+    region: &Arc<Region>,
+    signal: &Receiver<()>,
+    deadline: Duration,
+    failures: Failures,
+    output: Output,
+) -> anyhow::Result<()> {
+    let (sender, saved) = mpsc::channel();
+    let closing = Arc::clone(region);
+    std::thread::spawn(move || sender.send(closing.close(deadline, failures)));
+    // Until a signal comes it ends by itself.
+    let mut until = None;
+    loop {
+        match saved.recv_timeout(Duration::from_millis(20)) {
+            Ok(result) => return result,
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return Err(region.give_up()),
+        }
+        if until.is_none() && signal.try_recv().is_ok() {
+            say_what_is_at_stake(region, output);
+            until = Some(Instant::now() + FORCED);
+        }
+        if until.is_some_and(|until| Instant::now() >= until) {
+            return Err(region.give_up());
+        }
     }
 }
 

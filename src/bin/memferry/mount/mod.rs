@@ -10,6 +10,7 @@ mod region;
 mod view;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 
@@ -115,7 +116,7 @@ pub(crate) fn run(args: &Mount, output: Output) -> anyhow::Result<()> {
         "saving what was written, and unmounting; once more to force it",
         "forcing it",
     )?;
-    let region = Region::open(args)?;
+    let region = Arc::new(Region::open(args)?);
     region.wait_for_all(args, &signal)?;
     let place = Place::mount(args, &region)?;
     let path = place.path().to_owned();
@@ -151,7 +152,7 @@ pub(crate) fn run(args: &Mount, output: Output) -> anyhow::Result<()> {
     }
     view.end();
     output.event("ending", &json!({}));
-    let ending = Ending::new(&region, place, output);
+    let ending = Ending::new(Arc::clone(&region), place, output);
     ending.run(&signal, program.as_mut(), args.deadline)?;
     output.event("ended", &json!({}));
     if let Some(error) = failed {

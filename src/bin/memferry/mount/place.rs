@@ -148,17 +148,17 @@ fn unmount_file(
     failures: &Mutex<Failures>,
 ) -> Result<(), Held> {
     use memferry::frontend::FuseUnmountError;
-    if file.has_ended() {
-        return Ok(());
-    }
     let synced = file.sync();
     lock(failures).missing = None;
     if let Err(error) = synced {
         let (kind, is_of_the_kernel) = (error.kind(), error.raw_os_error().is_some());
         let error = anyhow::Error::new(error).context("cannot save what was written to the file");
         if kind == std::io::ErrorKind::NotConnected {
-            // Somebody has unmounted it meanwhile.
-            return Err(Held::Failed(error));
+            // Somebody has unmounted it; what could not be saved then is told when it has ended.
+            return match file.has_ended() {
+                true => Ok(()),
+                false => Err(Held::Failed(error)),
+            };
         }
         if is_of_the_kernel {
             let why = anyhow::anyhow!("{error:#}");

@@ -184,6 +184,20 @@ impl Region {
         }
     }
 
+    /// What is lost if saving is given up now.
+    pub(super) fn give_up(&self) -> anyhow::Error {
+        let not_in_time = || io::Error::new(io::ErrorKind::TimedOut, "it was not saved in time");
+        let Some(managed) = &self.managed else {
+            return Lost(not_in_time()).into();
+        };
+        let source = CloseError::Lost {
+            ranges: managed.dirty(),
+            source: not_in_time(),
+        };
+        let kept = self.keep(&source);
+        Unsaved { kept, source }.into()
+    }
+
     /// Keeps the file that has what was not saved.
     fn keep(&self, error: &CloseError) -> Option<PathBuf> {
         let file = self.file.as_ref()?;
