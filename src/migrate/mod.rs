@@ -83,7 +83,7 @@ pub use ending::Cause;
 pub use hooks::{Hook, LeecherHooks, SeederHooks};
 pub use leech::{LeechError, LeechOutcome, leech};
 pub use leecher::{FinalizeError, Finalized, Leecher, Receiving};
-pub use migrate_proto::{Budget, Decision, Observation, PostCopy, Verify};
+pub use migrate_proto::{Budget, Decision, Micros, Observation, PostCopy, Verify, decide};
 pub use options::{LeechOptions, SeedOptions};
 pub use progress::{Forecast, LeechReport, Phase, Progress, SeedReport, Side, Traffic, Verdict};
 pub use region::{Region, RegionError, Standing};

@@ -120,6 +120,11 @@ impl<M: GuestMemoryBackend> GuestRam<M> {
         Ok(self)
     }
 
+    /// Its place among the regions.
+    pub(crate) fn index(&self) -> usize {
+        self.index
+    }
+
     /// Where the region begins in the guest's physical addresses.
     #[must_use]
     pub fn start(&self) -> GuestAddress {

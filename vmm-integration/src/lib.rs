@@ -2,10 +2,26 @@
 //!
 //! | what a migration needs | from |
 //! |---|---|
-//! | the guest's memory, as bytes at positions | [`GuestRam`], over any memory of `vm-memory` |
+//! | guest memory that can move | [`RamBuilder`], or any memory of `vm-memory` |
+//! | its bytes at positions | [`GuestRam`] |
+//! | to suspend and resume the guest, its state | your implementation of [`Vmm`] |
+//! | the guest sent, and received | [`Departure`], [`Arrival`] |
+//! | a place that fills up while vCPUs run | [`ArrivingRam`] |
+//! | a guest that writes too fast slowed down | [`AutoConverge`] |
 //!
 //! The types of rust-vmm stay in this crate: they change often, and Memferry's own interface should not.
 
+mod coarse;
 mod guest_memory;
+mod memory;
+mod migration;
+#[allow(unsafe_code, reason = "the only module that may")]
+mod sys;
+mod throttle;
+mod vmm;
 
 pub use guest_memory::{GuestRam, GuestRamError};
+pub use memory::{ArrivingError, ArrivingRam, MemoryError, Pages, RamBuilder, ranges};
+pub use migration::{Arrival, Departure};
+pub use throttle::{AutoConverge, Round, Throttle};
+pub use vmm::Vmm;
