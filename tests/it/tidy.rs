@@ -42,6 +42,7 @@ fn a_test_that_is_left_out_says_what_it_needs() {
     let kinds = [
         "privileged: needs ",
         "guest: needs ",
+        "kvm: needs ",
         "kernel: needs ",
         "foreign: needs ",
     ];

@@ -7,6 +7,7 @@
 //! | to suspend and resume the guest, its state | your implementation of [`Vmm`] |
 //! | the guest sent, and received | [`Departure`], [`Arrival`] |
 //! | a place that fills up while vCPUs run | [`ArrivingRam`] |
+//! | what the guest has written since | [`kvm::DirtyLog`] or [`kvm::DirtyRing`] |
 //! | what the VMM has written since | [`VmmWrites`] |
 //! | a guest that writes too fast slowed down | [`AutoConverge`] |
 //!
@@ -15,6 +16,8 @@
 mod bitmap;
 mod coarse;
 mod guest_memory;
+#[cfg(feature = "kvm")]
+pub mod kvm;
 mod memory;
 mod migration;
 mod pages;

@@ -114,6 +114,16 @@ fn steps() -> Vec<Step> {
                 with(&["--lib"]),
                 with(&["--lib", "--bins", "--features", "fuse"]),
                 with(&["--lib", "--bins", "--features", "nbd-device"]),
+                cargo(&[
+                    "clippy",
+                    "-p",
+                    "vmm-integration",
+                    "--no-default-features",
+                    "--all-targets",
+                    "--",
+                    "-D",
+                    "warnings",
+                ]),
             ])
         }),
         step("spelling", |machine| {
@@ -179,6 +189,10 @@ fn steps() -> Vec<Step> {
             let test = ["test", "-p", "vmm-integration", "--test", "mapped"];
             let file = ["--", "--include-ignored", "on_a_mapped_file"];
             Ok(vec![cargo(&[&test[..], &file].concat())])
+        }),
+        step("guests of KVM", |_| {
+            may_use_kvm()?;
+            kvm_tests()
         }),
         step("guest tests", |machine| {
             machine.test("guest")?;
@@ -258,6 +272,25 @@ fn unit_tests(reason: &str) -> Result<Vec<Command>, String> {
     command.current_dir(&tests.directory);
     command.args(["--ignored", "--exact"]).args(names);
     Ok(vec![command])
+}
+
+/// All tests of the workspace that run a guest on KVM themselves.
+fn kvm_tests() -> Result<Vec<Command>, String> {
+    let built = targets::build_all(&[]).map_err(|reason| format!("{reason:#}"))?;
+    let mut commands = Vec::new();
+    for tests in built {
+        let names = tests.ignored_for(|of_test| of_test.starts_with("kvm: "));
+        let names = names.map_err(|reason| format!("{reason:#}"))?;
+        if !names.is_empty() {
+            let mut command = Command::new(&tests.program);
+            command.current_dir(&tests.directory);
+            command.args(["--ignored", "--exact"]).args(names);
+            // A guest that is emulated keeps a core busy.
+            command.args(["--test-threads", "1"]);
+            commands.push(command);
+        }
+    }
+    Ok(commands)
 }
 
 /// Runs in a Linux guest what this machine's kernel may lack.
@@ -406,6 +439,16 @@ fn install(tools: &Path, package: &str, origin: Origin) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Whether this machine has KVM. What it cannot run is for the tests to say.
+fn may_use_kvm() -> Result<(), String> {
+    let kvm = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm");
+    kvm.map(drop)
+        .map_err(|reason| format!("cannot open /dev/kvm: {reason}"))
 }
 
 /// Whether this process may take hold of another one, as the tests that attach do.

@@ -1,0 +1,297 @@
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+
+use proptest::prelude::*;
+use rustix::fs::MemfdFlags;
+
+use super::*;
+
+const SIZE: u64 = 256;
+/// What KVM keeps free.
+const RESERVE: u64 = 64;
+
+/// KVM's side of a ring: what `virt/kvm/dirty_ring.c` does with one.
+struct Kernel {
+    file: File,
+    filled: Cell<u64>,
+    reset: Cell<u64>,
+}
+
+impl Kernel {
+    fn new() -> Self {
+        let file = rustix::fs::memfd_create("ring", MemfdFlags::CLOEXEC).unwrap();
+        let file = File::from(file);
+        file.set_len(SIZE * 16).unwrap();
+        Self {
+            file,
+            filled: Cell::new(0),
+            reset: Cell::new(0),
+        }
+    }
+
+    fn map(&self) -> Ring {
+        Ring::map(self.file.as_fd(), 0, u32::try_from(SIZE).unwrap()).unwrap()
+    }
+
+    fn flags(&self, index: u64) -> u32 {
+        let mut flags = [0; 4];
+        self.file
+            .read_exact_at(&mut flags, index % SIZE * 16)
+            .unwrap();
+        u32::from_le_bytes(flags)
+    }
+
+    fn set_flags(&self, index: u64, flags: u32) {
+        let at = index % SIZE * 16;
+        self.file.write_all_at(&flags.to_le_bytes(), at).unwrap();
+    }
+
+    /// Fills an entry, and does not look whether it may.
+    fn push(&self, slot: u32, page: u64) {
+        let at = self.filled.get() % SIZE * 16;
+        self.file.write_all_at(&slot.to_le_bytes(), at + 4).unwrap();
+        self.file.write_all_at(&page.to_le_bytes(), at + 8).unwrap();
+        self.set_flags(self.filled.get(), 1);
+        self.filled.set(self.filled.get() + 1);
+    }
+
+    /// Whether it would stop the vCPU.
+    fn is_full(&self) -> bool {
+        self.filled.get() - self.reset.get() >= SIZE - RESERVE
+    }
+
+    fn reset(&self) -> u64 {
+        let mut count = 0;
+        while self.flags(self.reset.get()) & 2 != 0 {
+            self.set_flags(self.reset.get(), 0);
+            self.reset.set(self.reset.get() + 1);
+            count += 1;
+        }
+        count
+    }
+}
+
+fn rings(kernel: &Kernel) -> Rings {
+    let mut rings = Rings::default();
+    assert_eq!(rings.add(kernel.map()), 0);
+    rings
+}
+
+fn harvest(rings: &mut Rings, kernel: &Kernel) -> Vec<u64> {
+    let mut pages = Vec::new();
+    rings
+        .harvest(|_, entry| pages.push(entry.page), || Ok(kernel.reset()))
+        .unwrap();
+    pages
+}
+
+#[test]
+fn an_entry_is_read_once_and_only_when_it_was_filled() {
+    let kernel = Kernel::new();
+    let ring = kernel.map();
+    assert_eq!(ring.collect(0), None);
+    kernel.push(7, 99);
+    let entry = Entry { slot: 7, page: 99 };
+    assert_eq!(ring.collect(0), Some(entry));
+    assert_eq!(kernel.flags(0), 2, "it is KVM's again");
+    assert_eq!(ring.collect(0), None, "until KVM fills it again");
+    assert_eq!(ring.collect(1), None);
+}
+
+#[test]
+fn entries_are_read_in_order_round_and_round() {
+    let kernel = Kernel::new();
+    let mut rings = rings(&kernel);
+    for start in (0..3 * SIZE).step_by(50) {
+        (start..start + 50).for_each(|page| kernel.push(1, page));
+        let expected: Vec<u64> = (start..start + 50).collect();
+        assert_eq!(harvest(&mut rings, &kernel), expected);
+    }
+    assert!(!rings.lost());
+    assert_eq!(harvest(&mut rings, &kernel), [0_u64; 0]);
+}
+
+#[test]
+fn a_ring_whose_count_is_no_power_of_two_is_refused() {
+    let kernel = Kernel::new();
+    assert!(Ring::map(kernel.file.as_fd(), 0, 100).is_err());
+    assert!(Ring::map(kernel.file.as_fd(), 0, 0).is_err());
+}
+
+/// A signal stops KVM half-way: it is delivered between two calls.
+#[test]
+fn resetting_goes_on_until_all_that_was_read_is_reset() {
+    let kernel = Kernel::new();
+    let mut rings = rings(&kernel);
+    (0..10).for_each(|page| kernel.push(0, page));
+    let calls = Cell::new(0);
+    let reset = || {
+        calls.set(calls.get() + 1);
+        match calls.get() {
+            1 => Ok(0),
+            2 => Err(io::ErrorKind::Interrupted.into()),
+            _ => Ok(kernel.reset()),
+        }
+    };
+    rings.harvest(|_, _| {}, reset).unwrap();
+    assert_eq!((calls.get(), kernel.reset.get()), (3, 10));
+}
+
+#[test]
+fn a_kvm_that_resets_nothing_is_an_error_and_the_next_harvest_makes_up_for_it() {
+    let kernel = Kernel::new();
+    let mut rings = rings(&kernel);
+    (0..10).for_each(|page| kernel.push(0, page));
+    let error = rings.harvest(|_, _| {}, || Ok(0)).unwrap_err();
+    let told = error.downcast::<TrackError>().unwrap();
+    assert!(
+        matches!(told, TrackError::NotReset { left: 10 }),
+        "{told:?}"
+    );
+    let failed = || Err(io::Error::other("no VM"));
+    assert_eq!(
+        rings.harvest(|_, _| {}, failed).unwrap_err().to_string(),
+        "no VM"
+    );
+    kernel.push(0, 10);
+    assert_eq!(harvest(&mut rings, &kernel), [10]);
+    assert_eq!(kernel.reset.get(), 11);
+    assert!(!rings.lost());
+}
+
+/// KVM emulated a vCPU for a while before it looked whether its ring was full, and overwrote entries. Once that has
+/// happened, it counts entries that are not there, and would call the ring full for ever.
+#[test]
+fn a_ring_that_is_overrun_is_noticed_and_works_again() {
+    for overrun in [0, 1, 100, SIZE - 1, SIZE, 5 * SIZE + 77] {
+        let kernel = Kernel::new();
+        let mut rings = rings(&kernel);
+        (0..SIZE + overrun).for_each(|page| kernel.push(0, page));
+        for attempt in 0.. {
+            assert!(attempt < 100, "{overrun}: the vCPU never runs again");
+            if !kernel.is_full() {
+                break;
+            }
+            rings
+                .make_room(0, |_, _| {}, || Ok(kernel.reset()))
+                .unwrap();
+        }
+        assert!(rings.lost(), "{overrun}");
+        // From here on all is told, exactly, but for what comes at once where KVM has lost count.
+        for round in 0..20 {
+            let pages = 1000 * round..1000 * round + 10;
+            pages.clone().for_each(|page| kernel.push(0, page));
+            assert_eq!(harvest(&mut rings, &kernel), pages.collect::<Vec<_>>());
+        }
+        assert!(!kernel.is_full());
+    }
+}
+
+/// The vCPU goes on while entries are read and reset, and overwrites some that were read and not reset.
+#[test]
+fn what_is_overwritten_before_it_is_reset_is_noticed() {
+    let kernel = Kernel::new();
+    let mut rings = rings(&kernel);
+    (0..100).for_each(|page| kernel.push(0, page));
+    let pushed = Cell::new(false);
+    let reset = || {
+        if !pushed.replace(true) {
+            (1000..1000 + SIZE - 100 + 30).for_each(|page| kernel.push(0, page));
+        }
+        Ok(kernel.reset())
+    };
+    rings.harvest(|_, _| {}, reset).unwrap();
+    assert!(rings.lost());
+    rings.found_again();
+    harvest(&mut rings, &kernel);
+    kernel.push(0, 7);
+    assert!(harvest(&mut rings, &kernel).contains(&7));
+}
+
+#[test]
+fn a_vcpu_that_is_not_there_has_no_room_made_for_it() {
+    let kernel = Kernel::new();
+    let mut rings = rings(&kernel);
+    rings
+        .make_room(7, |_, _| {}, || Ok(kernel.reset()))
+        .unwrap();
+}
+
+/// What the world does to rings.
+#[derive(Debug, Clone)]
+enum Step {
+    /// The vCPU writes so many pages.
+    Write(u64),
+    /// A take, while the vCPU writes so many.
+    Take(u64),
+    /// A take at which KVM fails.
+    Failing,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        4 => (0..40_u64).prop_map(Step::Write),
+        1 => (0..700_u64).prop_map(Step::Write),
+        4 => (0..40_u64).prop_map(Step::Take),
+        1 => (0..400_u64).prop_map(Step::Take),
+        1 => Just(Step::Failing),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn what_a_vcpu_wrote_is_told_or_said_to_be_lost_and_it_always_runs_again(
+        steps in prop::collection::vec(step(), 0..60),
+    ) {
+        let kernel = Kernel::new();
+        let mut rings = rings(&kernel);
+        // Written and not told.
+        let untold = RefCell::new(BTreeSet::new());
+        let page = Cell::new(0);
+        let write = |count: u64| {
+            for _ in 0..count {
+                untold.borrow_mut().insert(page.get());
+                kernel.push(0, page.get());
+                page.set(page.get() + 1);
+            }
+        };
+        let tell = |_: usize, entry: Entry| {
+            untold.borrow_mut().remove(&entry.page);
+        };
+        for step in steps {
+            match step {
+                Step::Write(count) => {
+                    let mut attempts = 0;
+                    while kernel.is_full() {
+                        attempts += 1;
+                        prop_assert!(attempts < 50, "the vCPU never runs again");
+                        rings.make_room(0, tell, || Ok(kernel.reset())).unwrap();
+                    }
+                    write(count);
+                }
+                Step::Take(meanwhile) => {
+                    let before = page.get();
+                    let mut left = meanwhile;
+                    let reset = || {
+                        write(std::mem::take(&mut left));
+                        Ok(kernel.reset())
+                    };
+                    rings.harvest(tell, reset).unwrap();
+                    if rings.lost() {
+                        untold.borrow_mut().clear();
+                        rings.found_again();
+                    }
+                    let old = untold.borrow().range(..before).count();
+                    prop_assert_eq!(old, 0, "written before the take and not told by it");
+                }
+                Step::Failing => {
+                    // Nothing to reset is no failure.
+                    let _ = rings.harvest(tell, || Ok(0));
+                }
+            }
+        }
+    }
+}
