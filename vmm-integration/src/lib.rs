@@ -14,7 +14,6 @@
 //! The types of rust-vmm stay in this crate: they change often, and Memferry's own interface should not.
 
 mod bitmap;
-mod coarse;
 mod guest_memory;
 #[cfg(feature = "kvm")]
 pub mod kvm;
@@ -31,7 +30,7 @@ pub use guest_memory::{GuestRam, GuestRamError};
 pub use memory::{ArrivingError, ArrivingRam, MemoryError, Pages, RamBuilder, ranges};
 pub use migration::{Arrival, Departure};
 pub use throttle::{AutoConverge, Round, Throttle};
-pub use vmm::Vmm;
+pub use vmm::{Vmm, VmmError};
 
 /// What a tracker says that is asked before it was started.
 fn not_started() -> std::io::Error {

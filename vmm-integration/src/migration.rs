@@ -14,9 +14,8 @@ use memferry::migrate::{
 use memferry::transport::Session;
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 
-use crate::coarse::Coarse;
 use crate::guest_memory::{GuestRam, GuestRamError};
-use crate::memory::{ArrivingRam, Unchanged, describe};
+use crate::memory::{ArrivingRam, Layout, Unchanged, describe, layout};
 use crate::throttle::{AutoConverge, Round};
 use crate::vmm::{Coming, Leaving, Vmm};
 
@@ -29,22 +28,26 @@ type Throttling = Box<dyn FnMut(&AutoConverge) + Send>;
 /// use std::sync::Arc;
 /// use std::time::{Duration, Instant};
 ///
-/// use memferry::dirty::DirtyTracker;
-/// use memferry::migrate::{SeedError, SeedOutcome};
+/// use memferry::chunk::ChunkSize;
+/// use memferry::migrate::SeedError;
 /// use memferry::transport::{Pairing, Session};
 /// use vm_memory::GuestMemoryMmap;
 /// use vm_memory::bitmap::AtomicBitmap;
-/// use vmm_integration::{Departure, Vmm};
+/// use vmm_integration::kvm::{DirtyLog, Slots};
+/// use vmm_integration::{Departure, Vmm, VmmWrites};
 ///
 /// fn migrate(
 ///     vmm: &mut dyn Vmm,
 ///     memory: Arc<GuestMemoryMmap<AtomicBitmap>>,
-///     trackers: Vec<Arc<dyn DirtyTracker>>,
+///     slots: &Arc<Slots>,
 ///     pairing: &Pairing,
 /// ) -> Result<(), Box<dyn std::error::Error>> {
+///     let departure = Departure::new(Arc::clone(&memory), DirtyLog::regions(slots, ChunkSize::PAGE)?)
+///         .and(VmmWrites::regions(&memory, ChunkSize::PAGE)?)
+///         .mapped_shared();
 ///     let limit = Duration::from_secs(10);
 ///     let session = Session::connect(pairing, 2, limit, Instant::now() + limit)?;
-///     match Departure::new(memory, trackers).mapped_shared().run(&session, vmm) {
+///     match departure.run(&session, vmm) {
 ///         Ok(_) => println!("it runs there"),
 ///         Err(error @ SeedError::Aborted { .. }) => println!("it runs here: {error}"),
 ///         Err(error) => return Err(error.into()),
@@ -55,7 +58,7 @@ type Throttling = Box<dyn FnMut(&AutoConverge) + Send>;
 pub struct Departure<M> {
     memory: Arc<M>,
     trackers: Vec<Arc<dyn DirtyTracker>>,
-    unchanged: Option<Arc<dyn DirtyTracker>>,
+    space: Option<Layout>,
     mapped_shared: bool,
     options: SeedOptions,
     throttling: Option<Throttling>,
@@ -64,23 +67,39 @@ pub struct Departure<M> {
 }
 
 impl<M: GuestMemoryBackend + Send + Sync + 'static> Departure<M> {
-    /// All of `memory`; `trackers` tell what the guest and the VMM write to each of its regions, by the page.
+    /// All of `memory`; `trackers` tell what is written to each of its regions, by chunks of
+    /// [`SeedOptions::chunk_size`]. Between them they have to see every write, those of the VMM as those of the guest.
     ///
     /// # Panics
     /// If there is not one tracker a region.
     #[must_use]
-    pub fn new(memory: Arc<M>, trackers: Vec<Arc<dyn DirtyTracker>>) -> Self {
+    pub fn new<T: DirtyTracker + 'static>(memory: Arc<M>, trackers: Vec<T>) -> Self {
         assert_eq!(memory.num_regions(), trackers.len(), "one tracker a region");
+        let trackers = trackers.into_iter().map(|one| Arc::new(one) as _).collect();
         Self {
             memory,
             trackers,
-            unchanged: None,
+            space: None,
             mapped_shared: false,
             options: SeedOptions::default(),
             throttling: None,
             progress: None,
             cancel: Cancel::default(),
         }
+    }
+
+    /// Writes are also tracked by these, one a region: what any of them names is sent.
+    ///
+    /// # Panics
+    /// If there is not one tracker a region.
+    #[must_use]
+    pub fn and<T: DirtyTracker + 'static>(mut self, trackers: Vec<T>) -> Self {
+        assert_eq!(self.trackers.len(), trackers.len(), "one tracker a region");
+        let both = self.trackers.into_iter().zip(trackers);
+        self.trackers = both
+            .map(|(one, other)| Arc::new(Union(one, other)) as _)
+            .collect();
+        self
     }
 
     /// The regions are mapped *shared* from their files, as those of [`RamBuilder`](crate::RamBuilder) are: what was never written is not even looked at.
@@ -96,12 +115,7 @@ impl<M: GuestMemoryBackend + Send + Sync + 'static> Departure<M> {
     where
         A: GuestAddressSpace + Send + Sync + 'static,
     {
-        // Asked beside the tracker of the first region.
-        let pages = self.memory.iter().next().map_or(0, |region| {
-            vm_memory::GuestMemoryRegion::len(region)
-                .div_ceil(u64::from(memferry::chunk::ChunkSize::PAGE.bytes()))
-        });
-        self.unchanged = Some(Arc::new(Unchanged::new(space, pages)));
+        self.space = Some(Arc::new(move || layout(&space)));
         self
     }
 
@@ -173,23 +187,23 @@ impl<M: GuestMemoryBackend + Send + Sync + 'static> Departure<M> {
 
     fn regions(&self) -> Vec<SourceRegion> {
         let rams = GuestRam::regions(&self.memory).into_iter();
-        let rams = rams.zip(&self.trackers).enumerate();
-        rams.map(|(index, (ram, tracker))| {
-            let len = ram.len();
-            let tracker = match &self.unchanged {
-                Some(unchanged) if index == 0 => {
-                    Arc::new(Union(Arc::clone(tracker), Arc::clone(unchanged)))
-                }
-                _ => Arc::clone(tracker),
-            };
-            SourceRegion {
+        let regions = rams.zip(&self.trackers).enumerate();
+        regions
+            .map(|(index, (ram, tracker))| SourceRegion {
                 name: region_name(index),
+                tracker: match &self.space {
+                    // The space is asked once a round, beside the first region.
+                    Some(space) if index == 0 => {
+                        let chunks = self.options.chunk_size.chunks_in(ram.len());
+                        let unchanged = Unchanged::new(Arc::clone(space), chunks);
+                        Arc::new(Union(Arc::clone(tracker), unchanged))
+                    }
+                    _ => Arc::clone(tracker),
+                },
                 storage: Arc::new(self.with_holes(ram)),
-                tracker: Coarse::of(tracker, self.options.chunk_size, len),
                 late: None,
-            }
-        })
-        .collect()
+            })
+            .collect()
     }
 
     /// A region with its holes, where it has some that can be found.

@@ -1,10 +1,15 @@
 //! What a VMM does for a migration.
 
+use std::error::Error;
 use std::fmt::Debug;
 use std::io::{Read, Write};
 use std::time::Instant;
 
 use memferry::subject::{Description, Incoming, Outgoing, SubjectError};
+
+/// Why a VMM could not do what it was asked. It is told as the cause of a migration's failure, so it should say what happened
+/// and what to do.
+pub type VmmError = Box<dyn Error + Send + Sync>;
 
 /// A virtual machine, as a migration needs it: five calls, at the source and at the destination.
 ///
@@ -40,28 +45,28 @@ pub trait Vmm: Debug + Send {
     ///
     /// # Errors
     /// If it does not stop by `deadline`; says which vCPU or device.
-    fn suspend(&mut self, deadline: Instant) -> Result<(), SubjectError>;
+    fn suspend(&mut self, deadline: Instant) -> Result<(), VmmError>;
 
     /// Writes the state of vCPUs and devices: bytes that only the VMM understands. Guest memory is not part of it. It
     /// may write guest memory.
     ///
     /// # Errors
     /// If a state cannot be had, or `state` fails.
-    fn save(&mut self, state: &mut dyn Write, deadline: Instant) -> Result<(), SubjectError>;
+    fn save(&mut self, state: &mut dyn Write, deadline: Instant) -> Result<(), VmmError>;
 
     /// Loads what [`save`](Self::save) has written, into a machine that has not run. Guest memory may be accessed: what
     /// has not come is waited for. The bytes are whole and as they were sent; whether they make sense is for this to see.
     ///
     /// # Errors
     /// If they do not: says which part. The guest runs on at the source then.
-    fn load(&mut self, state: &mut dyn Read, deadline: Instant) -> Result<(), SubjectError>;
+    fn load(&mut self, state: &mut dyn Read, deadline: Instant) -> Result<(), VmmError>;
 
     /// Lets the guest run: at the source after a migration that was given up, in whatever state it was left; at the
     /// destination once it is owned there. Calling it on a guest that runs does nothing.
     ///
     /// # Errors
     /// If it does not run by `deadline`.
-    fn resume(&mut self, deadline: Instant) -> Result<(), SubjectError>;
+    fn resume(&mut self, deadline: Instant) -> Result<(), VmmError>;
 }
 
 /// A fact of ours: the layout of the guest's memory.
@@ -93,11 +98,15 @@ impl Outgoing for Leaving<'_> {
     }
 
     fn suspend(&mut self, deadline: Instant) -> Result<(), SubjectError> {
-        self.vmm.suspend(deadline)
+        self.vmm
+            .suspend(deadline)
+            .map_err(because("the VMM did not suspend the guest"))
     }
 
     fn save(&mut self, sink: &mut dyn Write, deadline: Instant) -> Result<(), SubjectError> {
-        self.vmm.save(sink, deadline)
+        self.vmm
+            .save(sink, deadline)
+            .map_err(because("the VMM could not save the guest's state"))
     }
 
     fn resume(&mut self, deadline: Instant) -> Result<(), SubjectError> {
@@ -106,7 +115,9 @@ impl Outgoing for Leaving<'_> {
                 "the guest runs at the destination and never again here",
             ));
         }
-        self.vmm.resume(deadline)
+        self.vmm
+            .resume(deadline)
+            .map_err(because("the VMM did not let the guest run"))
     }
 
     fn release(&mut self) {
@@ -161,11 +172,15 @@ impl Incoming for Coming<'_> {
         state: &mut (dyn Read + Send),
         deadline: Instant,
     ) -> Result<(), SubjectError> {
-        self.vmm.load(state, deadline)
+        self.vmm
+            .load(state, deadline)
+            .map_err(because("the VMM could not load the guest's state"))
     }
 
     fn resume(&mut self, deadline: Instant) -> Result<(), SubjectError> {
-        self.vmm.resume(deadline)
+        self.vmm
+            .resume(deadline)
+            .map_err(because("the VMM did not let the guest run"))
     }
 }
 
@@ -181,6 +196,10 @@ impl Coming<'_> {
         }
         Ok(())
     }
+}
+
+fn because(context: &'static str) -> impl FnOnce(VmmError) -> SubjectError {
+    move |error| SubjectError::because(context, error)
 }
 
 fn differs(name: &str, source: &str, here: Option<&str>) -> SubjectError {
@@ -206,19 +225,19 @@ mod tests {
             self.0.clone()
         }
 
-        fn suspend(&mut self, _: Instant) -> Result<(), SubjectError> {
+        fn suspend(&mut self, _: Instant) -> Result<(), VmmError> {
             Ok(())
         }
 
-        fn save(&mut self, _: &mut dyn Write, _: Instant) -> Result<(), SubjectError> {
+        fn save(&mut self, _: &mut dyn Write, _: Instant) -> Result<(), VmmError> {
             Ok(())
         }
 
-        fn load(&mut self, _: &mut dyn Read, _: Instant) -> Result<(), SubjectError> {
+        fn load(&mut self, _: &mut dyn Read, _: Instant) -> Result<(), VmmError> {
             Ok(())
         }
 
-        fn resume(&mut self, _: Instant) -> Result<(), SubjectError> {
+        fn resume(&mut self, _: Instant) -> Result<(), VmmError> {
             Ok(())
         }
     }

@@ -13,13 +13,14 @@ use memferry::dirty::{Digest, DirtyTracker};
 use memferry::migrate::{
     Budget, LeechError, LeechOutcome, Micros, PostCopy, SeedError, SeedOptions, SeedOutcome,
 };
-use memferry::subject::SubjectError;
 use memferry::transport::{Listener, Pairing, Session};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{
     Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap, GuestRegionMmap,
 };
-use vmm_integration::{Arrival, ArrivingRam, Departure, GuestRam, RamBuilder, Throttle, Vmm};
+use vmm_integration::{
+    Arrival, ArrivingRam, Departure, GuestRam, RamBuilder, Throttle, Vmm, VmmError,
+};
 
 type Memory = GuestMemoryMmap<AtomicBitmap>;
 
@@ -119,7 +120,7 @@ impl Vmm for Machine {
         vec![("state version".to_owned(), self.version.to_owned())]
     }
 
-    fn suspend(&mut self, _: Instant) -> Result<(), SubjectError> {
+    fn suspend(&mut self, _: Instant) -> Result<(), VmmError> {
         self.stop.store(true, Ordering::Relaxed);
         if let Some(vcpu) = self.vcpu.take() {
             vcpu.thread().unpark();
@@ -128,24 +129,20 @@ impl Vmm for Machine {
         Ok(())
     }
 
-    fn save(&mut self, state: &mut dyn Write, _: Instant) -> Result<(), SubjectError> {
+    fn save(&mut self, state: &mut dyn Write, _: Instant) -> Result<(), VmmError> {
         let written = self.written.load(Ordering::Relaxed);
-        state
-            .write_all(&written.to_le_bytes())
-            .map_err(|error| SubjectError::because("cannot write the state", error))
+        Ok(state.write_all(&written.to_le_bytes())?)
     }
 
-    fn load(&mut self, state: &mut dyn Read, _: Instant) -> Result<(), SubjectError> {
+    fn load(&mut self, state: &mut dyn Read, _: Instant) -> Result<(), VmmError> {
         let mut bytes = [0; 8];
-        state
-            .read_exact(&mut bytes)
-            .map_err(|error| SubjectError::because("the state is too short", error))?;
+        state.read_exact(&mut bytes)?;
         let written = u64::from_le_bytes(bytes);
         self.written.store(written, Ordering::Relaxed);
         Ok(())
     }
 
-    fn resume(&mut self, _: Instant) -> Result<(), SubjectError> {
+    fn resume(&mut self, _: Instant) -> Result<(), VmmError> {
         self.run();
         Ok(())
     }

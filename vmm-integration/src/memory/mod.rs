@@ -6,4 +6,4 @@ mod unchanged;
 
 pub use arriving::{ArrivingError, ArrivingRam};
 pub use build::{MemoryError, Pages, RamBuilder, ranges};
-pub(crate) use unchanged::{Unchanged, describe};
+pub(crate) use unchanged::{Layout, Unchanged, describe, layout};

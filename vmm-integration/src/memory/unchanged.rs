@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::sync::Arc;
 
 use memferry::chunk::ChunkBitmap;
 use memferry::dirty::DirtyTracker;
@@ -16,29 +17,36 @@ pub(crate) fn describe<M: GuestMemoryBackend + ?Sized>(memory: &M) -> String {
     regions.collect::<Vec<_>>().join(", ")
 }
 
+/// Says what memory a guest has now.
+pub(crate) type Layout = Arc<dyn Fn() -> String + Send + Sync>;
+
+/// The memory of an address space as it is now.
+pub(crate) fn layout<A: GuestAddressSpace>(space: &A) -> String {
+    let memory = space.memory();
+    memory.physical_memory().map(describe).unwrap_or_default()
+}
+
 /// A tracker that names nothing, and fails once the guest has other memory than it had: what was plugged in is neither tracked
 /// nor has it a place at the destination.
-pub(crate) struct Unchanged<A> {
-    space: A,
+pub(crate) struct Unchanged {
+    layout: Layout,
     was: String,
     /// How many chunks the region has that this is asked for.
     chunks: u64,
 }
 
-impl<A: GuestAddressSpace> Unchanged<A> {
-    pub(crate) fn new(space: A, chunks: u64) -> Self {
-        let was = now(&space);
-        Self { space, was, chunks }
+impl Unchanged {
+    pub(crate) fn new(layout: Layout, chunks: u64) -> Self {
+        let was = layout();
+        Self {
+            layout,
+            was,
+            chunks,
+        }
     }
 }
 
-/// The memory of an address space as it is now.
-fn now<A: GuestAddressSpace>(space: &A) -> String {
-    let memory = space.memory();
-    memory.physical_memory().map(describe).unwrap_or_default()
-}
-
-impl<A> fmt::Debug for Unchanged<A> {
+impl fmt::Debug for Unchanged {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Unchanged")
             .field("was", &self.was)
@@ -46,13 +54,13 @@ impl<A> fmt::Debug for Unchanged<A> {
     }
 }
 
-impl<A: GuestAddressSpace + Send + Sync> DirtyTracker for Unchanged<A> {
+impl DirtyTracker for Unchanged {
     fn start(&self) -> io::Result<()> {
         Ok(())
     }
 
     fn take(&self) -> io::Result<ChunkBitmap> {
-        let is = now(&self.space);
+        let is = (self.layout)();
         if is != self.was {
             return Err(io::Error::other(format!(
                 "memory was plugged or unplugged during the migration (it was {}, and is {is}): migrate the guest again",
@@ -74,14 +82,14 @@ impl<A: GuestAddressSpace + Send + Sync> DirtyTracker for Unchanged<A> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Arc;
     use vm_memory::{GuestAddress, GuestMemoryAtomic, GuestMemoryMmap, GuestRegionMmap};
 
     #[test]
     fn memory_that_is_plugged_in_is_noticed() {
         let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 8192)]).unwrap();
         let space = GuestMemoryAtomic::new(memory);
-        let tracker = Unchanged::new(space.clone(), 2);
+        let seen = space.clone();
+        let tracker = Unchanged::new(Arc::new(move || layout(&seen)), 2);
         tracker.start().unwrap();
         assert!(tracker.take().unwrap().is_empty());
         let more = GuestRegionMmap::from_range(GuestAddress(1 << 32), 4096, None).unwrap();
