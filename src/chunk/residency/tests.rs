@@ -204,6 +204,7 @@ fn nobody_waits_longer_than_the_deadline() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "polls a descriptor, which miri cannot")]
 fn a_fault_is_reported_once_for_all_who_wait_and_again_if_it_did_not_help() {
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
     let residency = Residency::new(100).reporting_faults().unwrap();
