@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::io;
-use std::mem;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use memferry::chunk::{ChunkBitmap, ChunkSize};
@@ -42,8 +41,14 @@ use crate::pages::Pages;
 pub struct VmmWrites<T> {
     bitmap: T,
     pages: Pages,
-    /// Taken and put back, for the next take. `None` while nothing is tracked.
-    pending: Mutex<Option<ChunkBitmap>>,
+    /// From start to stop.
+    tracking: Mutex<Option<Tracking>>,
+}
+
+#[derive(Debug, Default)]
+struct Tracking {
+    /// Taken and put back, for the next take.
+    pending: Option<ChunkBitmap>,
 }
 
 /// Marks of pages that were written, which can be taken: [`AtomicBitmap`], and whatever holds one.
@@ -138,13 +143,13 @@ impl<T: WrittenPages> VmmWrites<T> {
                 page,
                 count: marks,
             },
-            pending: Mutex::new(None),
+            tracking: Mutex::new(None),
         })
     }
 
-    fn pending(&self) -> MutexGuard<'_, Option<ChunkBitmap>> {
+    fn tracking(&self) -> MutexGuard<'_, Option<Tracking>> {
         // A panic elsewhere leaves the set as it was: no change to it is half done.
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+        self.tracking.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -174,30 +179,32 @@ impl<T> fmt::Debug for VmmWrites<T> {
 
 impl<T: WrittenPages> DirtyTracker for VmmWrites<T> {
     fn start(&self) -> io::Result<()> {
-        let mut pending = self.pending();
+        let mut tracking = self.tracking();
         self.bitmap.take_marks();
-        *pending = Some(self.pages.no_chunks());
+        *tracking = Some(Tracking::default());
         Ok(())
     }
 
     /// Allocates and frees a bit a page besides the answer, since that is how `vm-memory` gives marks away.
     fn take(&self) -> io::Result<ChunkBitmap> {
-        let mut pending = self.pending();
-        let pending = pending.as_mut().ok_or_else(not_started)?;
-        let mut taken = mem::replace(pending, self.pages.no_chunks());
+        let mut tracking = self.tracking();
+        let Tracking { pending } = tracking.as_mut().ok_or_else(not_started)?;
+        let mut taken = pending.take().unwrap_or_else(|| self.pages.no_chunks());
         self.pages.insert(self.bitmap.take_marks(), &mut taken);
         Ok(taken)
     }
 
     fn restore(&self, chunks: &ChunkBitmap) -> io::Result<()> {
-        let mut pending = self.pending();
-        let pending = pending.as_mut().ok_or_else(not_started)?;
-        pending.union_with(chunks);
+        let mut tracking = self.tracking();
+        let Tracking { pending } = tracking.as_mut().ok_or_else(not_started)?;
+        pending
+            .get_or_insert_with(|| self.pages.no_chunks())
+            .union_with(chunks);
         Ok(())
     }
 
     fn stop(&self) -> io::Result<()> {
-        *self.pending() = None;
+        *self.tracking() = None;
         Ok(())
     }
 }

@@ -1,7 +1,6 @@
 //! KVM's dirty log.
 
 use std::io;
-use std::mem;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
@@ -32,6 +31,8 @@ use crate::pages::Pages;
 /// A take reads the log, resets what it has read, and returns: in that order nothing is lost. What is written before the
 /// reset is there when the caller reads the pages, and what is written after it is in the log again.
 ///
+/// It takes a bit a page for its log, and another one for the answer of a take; KVM has two. That is 0.012 % of the memory.
+///
 /// [The module](super) says what a VMM has to do before the last take.
 #[derive(Debug)]
 pub struct DirtyLog {
@@ -39,7 +40,8 @@ pub struct DirtyLog {
     region: usize,
     chunk_size: ChunkSize,
     clearing: Clearing,
-    state: Mutex<State>,
+    /// From start to stop.
+    tracking: Mutex<Option<Tracking>>,
 }
 
 /// When pages whose bits were read are protected again.
@@ -52,10 +54,10 @@ pub enum Clearing {
 }
 
 #[derive(Debug)]
-struct State {
-    /// As many words as the largest slot needs; there while something is tracked.
-    room: Option<LogRoom>,
-    /// Taken and put back, or read by a take that failed: for the next one. `None` while nothing is tracked.
+struct Tracking {
+    /// As many words as the largest slot needs.
+    room: LogRoom,
+    /// Taken and put back, or read by a take that failed: for the next one.
     pending: Option<ChunkBitmap>,
 }
 
@@ -108,10 +110,7 @@ impl DirtyLog {
                 region,
                 chunk_size,
                 clearing,
-                state: Mutex::new(State {
-                    room: None,
-                    pending: None,
-                }),
+                tracking: Mutex::new(None),
             })
             .collect()
     }
@@ -122,9 +121,9 @@ impl DirtyLog {
         self.clearing
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn tracking(&self) -> MutexGuard<'_, Option<Tracking>> {
         // A panic elsewhere leaves the set as it was: no change to it is half done.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.tracking.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn own_slots(&self) -> impl Iterator<Item = (&Placed, Pages)> {
@@ -215,25 +214,21 @@ impl DirtyTracker for DirtyLog {
     /// Protects all of the region: about 5 ms for each GiB that the guest has touched. Starting again forgets what was
     /// not taken.
     fn start(&self) -> io::Result<()> {
-        let mut state = self.state();
-        // What KVM counts as written after this, it has seen after this or while this ran.
+        let mut tracking = self.tracking();
+        *tracking = None;
         let armed = self.room().and_then(|mut room| {
             self.arm(&mut room)?;
             Ok(room)
         });
         match armed {
             Ok(room) => {
-                *state = State {
-                    room: Some(room),
-                    pending: Some(self.no_chunks()),
-                };
+                *tracking = Some(Tracking {
+                    room,
+                    pending: None,
+                });
                 Ok(())
             }
             Err(error) => {
-                *state = State {
-                    room: None,
-                    pending: None,
-                };
                 // The first error says why.
                 let _ = self.release();
                 Err(error)
@@ -242,39 +237,34 @@ impl DirtyTracker for DirtyLog {
     }
 
     fn take(&self) -> io::Result<ChunkBitmap> {
-        let mut state = self.state();
-        let State {
-            room: Some(room),
-            pending: Some(pending),
-        } = &mut *state
-        else {
-            return Err(not_started());
-        };
+        let mut tracking = self.tracking();
+        let Tracking { room, pending } = tracking.as_mut().ok_or_else(not_started)?;
         self.slots.unchanged()?;
-        for slot in self.own_slots() {
-            // What is found goes to the set that a failure leaves behind, so it is reported either way.
-            self.harvest(room, slot, pending)?;
+        let mut dirty = pending.take().unwrap_or_else(|| self.no_chunks());
+        let mut slots = self.own_slots();
+        if let Err(error) = slots.try_for_each(|slot| self.harvest(room, slot, &mut dirty)) {
+            // What was found is out of the log, and is reported by the next take.
+            *pending = Some(dirty);
+            return Err(error);
         }
-        Ok(mem::replace(pending, self.no_chunks()))
+        Ok(dirty)
     }
 
     fn restore(&self, chunks: &ChunkBitmap) -> io::Result<()> {
-        let mut state = self.state();
-        let pending = state.pending.as_mut().ok_or_else(not_started)?;
-        pending.union_with(chunks);
+        let mut tracking = self.tracking();
+        let Tracking { pending, .. } = tracking.as_mut().ok_or_else(not_started)?;
+        pending
+            .get_or_insert_with(|| self.no_chunks())
+            .union_with(chunks);
         Ok(())
     }
 
     fn stop(&self) -> io::Result<()> {
-        let mut state = self.state();
-        if state.pending.is_none() {
-            return Ok(());
+        let mut tracking = self.tracking();
+        if tracking.is_some() {
+            self.release()?;
+            *tracking = None;
         }
-        self.release()?;
-        *state = State {
-            room: None,
-            pending: None,
-        };
         Ok(())
     }
 }
