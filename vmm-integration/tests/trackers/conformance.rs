@@ -8,7 +8,7 @@ use memferry::dirty::{DirtyTracker, Union};
 use vmm_integration::VmmWrites;
 use vmm_integration::kvm::{Clearing, DirtyLog, DirtyRing};
 
-use crate::machine::{Machine, PAGE, Shape, Writer};
+use crate::machine::{Machine, Mode, PAGE, Shape, Writer};
 
 /// The only region of a machine that is tracked, and a vCPU that writes to it.
 struct Guest {
@@ -93,6 +93,30 @@ fn in_rings(len: u64, chunk_size: ChunkSize) -> Guest {
     })
 }
 
+/// A guest whose instructions KVM may emulate.
+fn logged_and_emulated(len: u64, chunk_size: ChunkSize) -> Guest {
+    let shape = Shape {
+        mode: Mode::Flat,
+        ..shape(len, chunk_size)
+    };
+    Guest::new(&shape, |machine| {
+        let mut logs = DirtyLog::regions(&machine.slots, chunk_size).unwrap();
+        Arc::new(logs.remove(0))
+    })
+}
+
+fn in_rings_and_emulated(len: u64, chunk_size: ChunkSize) -> Guest {
+    let shape = Shape {
+        rings: Some(1 << 16),
+        mode: Mode::Flat,
+        ..shape(len, chunk_size)
+    };
+    Guest::new(&shape, |machine| {
+        let rings = machine.rings.as_ref().unwrap();
+        DirtyRing::trackers(rings).remove(0)
+    })
+}
+
 /// As a VMM has it: what the guest and what the VMM itself writes.
 fn joined(len: u64, chunk_size: ChunkSize) -> Guest {
     Guest::new(&shape(len, chunk_size), |machine| {
@@ -132,4 +156,11 @@ fn the_rings_keep_every_promise() {
 #[ignore = "kvm: needs /dev/kvm"]
 fn the_log_and_the_marks_of_the_vmm_together_keep_every_promise() {
     conformance::run_all(joined);
+}
+
+#[test]
+#[ignore = "kvm: needs /dev/kvm"]
+fn both_keep_every_promise_for_a_guest_that_may_be_emulated() {
+    conformance::run_all(logged_and_emulated);
+    conformance::run_all(in_rings_and_emulated);
 }

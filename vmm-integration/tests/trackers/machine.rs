@@ -1,6 +1,7 @@
 //! A KVM guest of a few instructions, which writes what it is told or as fast as it can.
 
 use std::fs::File;
+use std::mem;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
@@ -23,45 +24,61 @@ pub(crate) type Memory = GuestMemoryMmap<AtomicBitmap>;
 const CODE: u64 = 0xc000_0000;
 /// Where what is to be written lies, behind the code.
 const MAILBOX: u64 = CODE + PAGE;
+/// Where page tables are, behind the mailbox: one of each of the two highest levels, and four that map 1 GiB each.
+const TABLES: u64 = CODE + 2 * PAGE;
+/// Code, mailbox and tables.
+const OWN: u64 = 8 * PAGE;
 /// Regions lie at multiples of this.
 const APART: u64 = 0x2000_0000;
-/// Where a writer asks what to do.
-const COMMAND: u16 = 0x10;
+/// Where a writer asks what to do: there is no memory.
+const COMMAND: u64 = 0x7000_0000;
 /// Where a stamper says that it has done a part.
-const PART: u16 = 0x12;
+const PART: u64 = 0x7001_0000;
 /// Stamps a part.
 pub(crate) const STAMPS: u64 = 1024;
 
 /// Copies from the mailbox at `ebx` to where it is told, on and on.
-const WRITER: [u8; 18] = [
-    0xba, 0x10, 0x00, 0x00, 0x00, // mov edx, COMMAND
-    0xed, // again: in eax, dx
+const WRITER: [u8; 25] = [
+    0x8b, 0x04, 0x25, 0x00, 0x00, 0x00, 0x70, // again: mov eax, [COMMAND]
     0x89, 0xc7, // mov edi, eax: the address
-    0xed, // in eax, dx
+    0x8b, 0x04, 0x25, 0x00, 0x00, 0x00, 0x70, // mov eax, [COMMAND]
     0x89, 0xc1, // mov ecx, eax: the length
     0x89, 0xde, // mov esi, ebx
     0xfc, // cld
     0xf3, 0xa4, // rep movsb
-    0xeb, 0xf3, // jmp again
+    0xeb, 0xe7, // jmp again
 ];
 
 /// Stamps words at `ebp + edi`, `edi` going on by `eax` within the mask `ecx`, and tells after each `esi` of them.
-const STAMPER: [u8; 29] = [
-    0x43, // again: inc ebx
+const STAMPER: [u8; 37] = [
+    0xff, 0xc3, // again: inc ebx
     0x89, 0x5c, 0x3d, 0x00, // mov [ebp + edi], ebx
     0x01, 0xc7, // add edi, eax
     0x21, 0xcf, // and edi, ecx
     0xba, 0x01, 0x00, 0x00, 0x00, // mov edx, 1: the pause
-    0x4a, // rest: dec edx
-    0x75, 0xfd, // jnz rest
-    0x4e, // dec esi
-    0x75, 0xec, // jnz again
+    0xff, 0xca, // rest: dec edx
+    0x75, 0xfc, // jnz rest
+    0xff, 0xce, // dec esi
+    0x75, 0xe9, // jnz again
     0xbe, 0x00, 0x04, 0x00, 0x00, // mov esi, STAMPS
-    0xe7, 0x12, // out PART, eax
-    0xeb, 0xe3, // jmp again
+    0x89, 0x04, 0x25, 0x00, 0x00, 0x01, 0x70, // mov [PART], eax
+    0xeb, 0xdb, // jmp again
 ];
-/// Where the pause is in it, in instructions after each stamp.
-const PAUSE: usize = 10;
+/// Where the pause is in it, in pairs of instructions after each stamp.
+const PAUSE: usize = 11;
+
+/// How a guest's processors run. The code is the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// 32-bit mode without paging. A KVM without virtualisation of the processor emulates it, and then writes itself what
+    /// the guest writes.
+    Flat,
+    /// 64-bit mode, all addresses mapped to themselves in large pages.
+    Long,
+    /// The same with the rights of a program only. A KVM that emulates system code runs this on the processor, so that
+    /// pages are protected and faults taken as anywhere.
+    User,
+}
 
 /// How a machine is made.
 #[derive(Debug, Clone)]
@@ -74,6 +91,7 @@ pub(crate) struct Shape {
     pub(crate) rings: Option<u32>,
     /// What trackers call a chunk.
     pub(crate) chunk_size: ChunkSize,
+    pub(crate) mode: Mode,
 }
 
 impl Shape {
@@ -83,6 +101,7 @@ impl Shape {
             slots_a_region: 1,
             rings: None,
             chunk_size: ChunkSize::PAGE,
+            mode: Mode::User,
         }
     }
 }
@@ -99,6 +118,7 @@ pub(crate) struct Machine {
     pub(crate) memory: Arc<Memory>,
     pub(crate) slots: Arc<Slots>,
     pub(crate) rings: Option<Arc<DirtyRing>>,
+    mode: Mode,
     vcpus: AtomicU64,
 }
 
@@ -112,12 +132,12 @@ impl Machine {
             let address = APART * u64::try_from(index).unwrap();
             (GuestAddress(address), usize::try_from(len).unwrap())
         });
-        let code = (GuestAddress(CODE), usize::try_from(2 * PAGE).unwrap());
+        let code = (GuestAddress(CODE), usize::try_from(OWN).unwrap());
         let ranges: Vec<_> = regions.chain([code]).collect();
         let memory = Arc::new(Memory::from_ranges(&ranges).unwrap());
         let mut slots = Vec::new();
         for whole in Slot::one_a_region(&*memory, 0) {
-            let parts = if whole.len == 2 * PAGE {
+            let parts = if whole.region == shape.regions.len() {
                 1
             } else {
                 shape.slots_a_region
@@ -141,12 +161,34 @@ impl Machine {
         let rings = shape
             .rings
             .map(|entries| DirtyRing::enable(&slots, entries, shape.chunk_size).unwrap());
-        Self {
+        let machine = Self {
             vm,
             memory,
             slots,
             rings,
+            mode: shape.mode,
             vcpus: AtomicU64::new(0),
+        };
+        machine.map_all_to_itself();
+        machine
+    }
+
+    /// Fills the page tables.
+    fn map_all_to_itself(&self) {
+        let put = |table: u64, index: u64, entry: u64| {
+            let at = GuestAddress(TABLES + table * PAGE + index * 8);
+            self.memory.write_obj(entry, at).unwrap();
+        };
+        // Present, writable, for programs, accessed, dirty: nothing is left for the processor to write there.
+        const THERE: u64 = 0x67;
+        const LARGE: u64 = 0x80;
+        put(0, 0, (TABLES + PAGE) | THERE);
+        for gib in 0..4 {
+            put(1, gib, (TABLES + (2 + gib) * PAGE) | THERE);
+            for part in 0..512 {
+                let address = (gib << 30) | (part << 21);
+                put(2 + gib, part, address | THERE | LARGE);
+            }
         }
     }
 
@@ -174,7 +216,7 @@ impl Machine {
         there.count() as u64 * PAGE
     }
 
-    /// A vCPU that runs `code` in 32-bit mode without paging, each with code of its own.
+    /// A vCPU that runs `code`, each with code of its own.
     fn vcpu(&self, code: &[u8], mut registers: kvm_regs) -> Vcpu {
         let number = self.vcpus.fetch_add(1, Ordering::Relaxed);
         let vcpu = self.vm.create_vcpu(number).unwrap();
@@ -198,10 +240,30 @@ impl Machine {
         system.cs = segment(11);
         let data = segment(3);
         (system.ds, system.es, system.ss) = (data, data, data);
+        // Protected mode.
         system.cr0 |= 1;
+        if self.mode != Mode::Flat {
+            (system.cs.l, system.cs.db) = (1, 0);
+            system.cr3 = TABLES;
+            // Physical address extension; long mode, enabled and active; paging.
+            system.cr4 |= 1 << 5;
+            system.efer |= 1 << 8 | 1 << 10;
+            system.cr0 |= 1 << 31;
+        }
+        registers.rflags = 2;
+        if self.mode == Mode::User {
+            for segment in [
+                &mut system.cs,
+                &mut system.ds,
+                &mut system.es,
+                &mut system.ss,
+            ] {
+                segment.dpl = 3;
+                segment.selector |= 3;
+            }
+        }
         vcpu.set_sregs(&system).unwrap();
         registers.rip = at;
-        registers.rflags = 2;
         vcpu.set_regs(&registers).unwrap();
         Vcpu {
             vcpu,
@@ -231,10 +293,11 @@ impl Machine {
         writer
     }
 
-    /// A vCPU that stamps the words of a region, whose length is a power of two, until it is stopped.
+    /// A vCPU that stamps the words of a region until it is stopped.
     pub(crate) fn stamper(&self, region: usize, how: Stamping) -> Stamper {
-        let len = self.memory.iter().nth(region).unwrap().len();
-        assert!(len.is_power_of_two());
+        let there = self.memory.iter().nth(region).unwrap().len();
+        let len = how.len.unwrap_or(there);
+        assert!(len.is_power_of_two() && len <= there);
         let registers = kvm_regs {
             rax: how.step,
             rbx: how.stamp,
@@ -246,28 +309,16 @@ impl Machine {
         };
         let mut code = STAMPER;
         code[PAUSE] = how.pause;
-        let mut vcpu = self.vcpu(&code, registers);
-        let progress = Arc::new(Progress::default());
-        let rings = self.rings.clone();
-        let shared = progress.clone();
-        let thread = thread::spawn(move || {
-            while !shared.stop.load(Ordering::Relaxed) {
-                let exit = vcpu.vcpu.run().unwrap();
-                if made_room(rings.as_deref(), vcpu.number, &exit) {
-                    shared.full.fetch_add(1, Ordering::Relaxed);
-                    continue;
-                }
-                match exit {
-                    VcpuExit::IoOut(PART, _) => {
-                        shared.parts.fetch_add(1, Ordering::Relaxed);
-                    }
-                    other => panic!("the guest stopped: {other:?}"),
-                }
-            }
-        });
+        let mut stamper = self.stamper_of(self.vcpu(&code, registers));
+        stamper.start(u64::MAX);
+        stamper
+    }
+
+    fn stamper_of(&self, vcpu: Vcpu) -> Stamper {
         Stamper {
-            progress,
-            thread: Some(thread),
+            progress: Arc::default(),
+            rings: self.rings.clone(),
+            state: Stamps::Waits(vcpu),
         }
     }
 }
@@ -289,7 +340,7 @@ fn write_as_told(
             continue;
         }
         match exit {
-            VcpuExit::IoIn(COMMAND, answer) => {
+            VcpuExit::MmioRead(COMMAND, answer) => {
                 let value = match len.take() {
                     Some(len) => len,
                     None => {
@@ -360,6 +411,8 @@ impl Drop for Writer {
 /// How a vCPU stamps.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Stamping {
+    /// How many bytes of the region it stamps, a power of two; all of them if nothing is said.
+    pub(crate) len: Option<u64>,
     /// Where in the region it begins.
     pub(crate) first: u64,
     /// How far from one word to the next.
@@ -374,6 +427,7 @@ impl Stamping {
     /// The pages of a region, one after the other.
     pub(crate) fn pages() -> Self {
         Self {
+            len: None,
             first: 0,
             step: PAGE,
             stamp: 0,
@@ -392,7 +446,16 @@ struct Progress {
 /// A vCPU that writes as fast as it can. Ended on drop.
 pub(crate) struct Stamper {
     progress: Arc<Progress>,
-    thread: Option<JoinHandle<()>>,
+    rings: Option<Arc<DirtyRing>>,
+    state: Stamps,
+}
+
+enum Stamps {
+    /// Out of the guest.
+    Waits(Vcpu),
+    Runs(JoinHandle<Vcpu>),
+    /// Failed.
+    Ended,
 }
 
 impl Stamper {
@@ -412,17 +475,44 @@ impl Stamper {
         let deadline = Instant::now() + LONG;
         while self.stamps() < goal {
             assert!(Instant::now() < deadline, "the guest writes");
-            assert!(!self.thread.as_ref().unwrap().is_finished(), "it runs");
+            assert!(
+                matches!(&self.state, Stamps::Runs(thread) if !thread.is_finished()),
+                "it runs"
+            );
             thread::yield_now();
         }
     }
 
-    /// Brings the vCPU out of the guest, for good.
+    /// Lets the vCPU run, for so many parts at most.
+    pub(crate) fn start(&mut self, parts: u64) {
+        let Stamps::Waits(vcpu) = mem::replace(&mut self.state, Stamps::Ended) else {
+            panic!("it runs already");
+        };
+        self.progress.stop.store(false, Ordering::Relaxed);
+        let (progress, rings) = (self.progress.clone(), self.rings.clone());
+        let thread = thread::spawn(move || stamp(vcpu, rings.as_deref(), &progress, parts));
+        self.state = Stamps::Runs(thread);
+    }
+
+    /// Has the vCPU stamp so many words, in whole parts, and brings it out of the guest again.
+    pub(crate) fn run(&mut self, stamps: u64) {
+        self.start(stamps.div_ceil(STAMPS));
+        self.join();
+    }
+
+    /// Brings the vCPU out of the guest.
     pub(crate) fn stop(&mut self) {
         self.progress.stop.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            let ended = thread.join();
-            assert!(ended.is_ok() || thread::panicking());
+        self.join();
+    }
+
+    fn join(&mut self) {
+        match mem::replace(&mut self.state, Stamps::Ended) {
+            Stamps::Runs(thread) => match thread.join() {
+                Ok(vcpu) => self.state = Stamps::Waits(vcpu),
+                Err(_) => assert!(thread::panicking(), "the vCPU failed"),
+            },
+            other => self.state = other,
         }
     }
 }
@@ -431,4 +521,22 @@ impl Drop for Stamper {
     fn drop(&mut self) {
         self.stop();
     }
+}
+
+fn stamp(mut vcpu: Vcpu, rings: Option<&DirtyRing>, progress: &Progress, mut parts: u64) -> Vcpu {
+    while parts > 0 && !progress.stop.load(Ordering::Relaxed) {
+        let exit = vcpu.vcpu.run().unwrap();
+        if made_room(rings, vcpu.number, &exit) {
+            progress.full.fetch_add(1, Ordering::Relaxed);
+            continue;
+        }
+        match exit {
+            VcpuExit::MmioWrite(PART, _) => {
+                progress.parts.fetch_add(1, Ordering::Relaxed);
+                parts -= 1;
+            }
+            other => panic!("the guest stopped: {other:?}"),
+        }
+    }
+    vcpu
 }

@@ -4,5 +4,6 @@
 
 mod conformance;
 mod machine;
+mod measure;
 mod slots;
 mod storm;

@@ -7,7 +7,7 @@ use memferry::chunk::{ChunkBitmap, ChunkSize};
 use memferry::dirty::DirtyTracker;
 use vmm_integration::kvm::{DirtyLog, DirtyRates, DirtyRing};
 
-use crate::machine::{LONG, Machine, PAGE, STAMPS, Shape, Stamper, Stamping};
+use crate::machine::{LONG, Machine, Mode, PAGE, STAMPS, Shape, Stamper, Stamping};
 
 /// Two regions, of which the second is smaller.
 const REGIONS: [u64; 2] = [4 << 20, 1 << 20];
@@ -65,6 +65,7 @@ impl Copy {
 fn storm(machine: &Machine, pause: u8) -> [Stamper; 3] {
     let stamper = |region, first, step, stamp| {
         let how = Stamping {
+            len: None,
             first,
             step,
             stamp,
@@ -126,12 +127,13 @@ fn no_write_is_lost(
     }
 }
 
-fn shape(rings: Option<u32>, chunk_size: ChunkSize) -> Shape {
+fn shape(rings: Option<u32>, chunk_size: ChunkSize, mode: Mode) -> Shape {
     Shape {
         regions: REGIONS.to_vec(),
         slots_a_region: 2,
         rings,
         chunk_size,
+        mode,
     }
 }
 
@@ -142,23 +144,25 @@ fn logs(logs: Vec<DirtyLog>) -> Vec<Arc<dyn DirtyTracker>> {
 #[test]
 #[ignore = "kvm: needs /dev/kvm"]
 fn the_log_loses_no_write_of_several_vcpus() {
-    let machine = Machine::new(&shape(None, ChunkSize::PAGE));
-    let trackers = logs(DirtyLog::regions(&machine.slots, ChunkSize::PAGE).unwrap());
-    no_write_is_lost(&machine, &trackers, ChunkSize::PAGE, FAST);
+    for mode in [Mode::User, Mode::Long, Mode::Flat] {
+        let machine = Machine::new(&shape(None, ChunkSize::PAGE, mode));
+        let trackers = logs(DirtyLog::regions(&machine.slots, ChunkSize::PAGE).unwrap());
+        no_write_is_lost(&machine, &trackers, ChunkSize::PAGE, FAST);
+    }
 }
 
 #[test]
 #[ignore = "kvm: needs /dev/kvm"]
 fn the_log_that_is_cleared_with_the_read_loses_no_write_of_several_vcpus() {
-    let machine = Machine::new(&shape(None, ChunkSize::PAGE));
+    let machine = Machine::new(&shape(None, ChunkSize::PAGE, Mode::User));
     let trackers = DirtyLog::regions_cleared_with_read(&machine.slots, ChunkSize::PAGE);
     no_write_is_lost(&machine, &logs(trackers.unwrap()), ChunkSize::PAGE, FAST);
 }
 
 /// As fast as they can, or slower than KVM can be late to see that a ring is full.
-fn the_rings_lose_no_write(pause: u8) -> Machine {
+fn the_rings_lose_no_write(mode: Mode, pause: u8) -> Machine {
     let chunk_size = ChunkSize::new(16 << 10).unwrap();
-    let machine = Machine::new(&shape(Some(1024), chunk_size));
+    let machine = Machine::new(&shape(Some(1024), chunk_size, mode));
     let rings = machine.rings.as_ref().unwrap();
     no_write_is_lost(&machine, &DirtyRing::trackers(rings), chunk_size, pause);
     machine
@@ -167,15 +171,17 @@ fn the_rings_lose_no_write(pause: u8) -> Machine {
 #[test]
 #[ignore = "kvm: needs /dev/kvm"]
 fn the_rings_lose_no_write_of_several_vcpus() {
-    let machine = the_rings_lose_no_write(SLOW);
-    let overruns = machine.rings.as_ref().unwrap().overruns();
-    assert_eq!(overruns, 0, "this was to be tried without");
+    for (mode, pause) in [(Mode::User, FAST), (Mode::Long, SLOW)] {
+        let machine = the_rings_lose_no_write(mode, pause);
+        let overruns = machine.rings.as_ref().unwrap().overruns();
+        assert_eq!(overruns, 0, "{mode:?}: this was to be tried without");
+    }
 }
 
 #[test]
 #[ignore = "kvm: needs /dev/kvm"]
 fn the_rings_lose_no_write_of_vcpus_that_overrun_them() {
-    the_rings_lose_no_write(FAST);
+    the_rings_lose_no_write(Mode::Flat, FAST);
 }
 
 /// A ring of 1024 entries has room for fewer than a guest of 2048 pages writes, and nobody takes.
