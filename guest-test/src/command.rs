@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
+use crate::image;
 use crate::interrupt::Leash;
 
 /// How often a wait looks whether something happened that cannot be waited on.
@@ -36,6 +37,30 @@ pub fn output(command: &mut Command, limit: Duration) -> Result<String> {
     } else {
         bail!("{shown} failed ({status}):\n{complaints}{printed}")
     }
+}
+
+/// Compiling one program of the workspace, on two busy processors.
+const BUILD_LIMIT: Duration = Duration::from_secs(1200);
+
+/// Compiles a program of the workspace as users get it, and yields where it is; `which` are cargo's words for it.
+///
+/// # Errors
+/// If it does not compile.
+pub fn build(which: &[&str]) -> Result<PathBuf> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut build = Command::new(cargo);
+    build
+        .args(["build", "--release"])
+        .args(which)
+        .args(["--message-format", "json-render-diagnostics"])
+        .current_dir(image::workspace());
+    let messages = output(&mut build, BUILD_LIMIT)?;
+    messages
+        .lines()
+        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+        .filter_map(|message| message["executable"].as_str().map(PathBuf::from))
+        .next_back()
+        .context("cargo built a program but did not say where it is")
 }
 
 /// Runs a program to its end; it shares this program's output.

@@ -11,7 +11,6 @@ use anyhow::{Context, Result, anyhow, bail};
 use serde_json::Value;
 
 use crate::command;
-use crate::image;
 use crate::interrupt::Leash;
 use crate::process::{self, MemoryMeter};
 use crate::qemu::Guest;
@@ -78,7 +77,6 @@ impl Report {
 
 /// The destination listens and prints where well within this.
 const PAIRING_LIMIT: Duration = Duration::from_secs(30);
-const BUILD_LIMIT: Duration = Duration::from_secs(1200);
 
 /// Compiles the command as users get it, and yields where it is: beside the program that runs now, in the same
 /// target directory.
@@ -86,19 +84,7 @@ const BUILD_LIMIT: Duration = Duration::from_secs(1200);
 /// # Errors
 /// If it does not compile.
 pub fn build() -> Result<PathBuf> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut build = Command::new(cargo);
-    build
-        .args(["build", "--release", "-p", "memferry", "--bin", "memferry"])
-        .args(["--message-format", "json-render-diagnostics"])
-        .current_dir(image::workspace());
-    let messages = command::output(&mut build, BUILD_LIMIT)?;
-    messages
-        .lines()
-        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-        .filter_map(|message| message["executable"].as_str().map(PathBuf::from))
-        .next_back()
-        .context("cargo built memferry but did not say where it is")
+    command::build(&["-p", "memferry", "--bin", "memferry"])
 }
 
 /// Migrates a running guest to a QEMU started with [`Guest::incoming`], paused: runs

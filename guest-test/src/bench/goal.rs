@@ -13,9 +13,9 @@ const RESIDENT_MIB: f64 = 64.0;
 /// What the design aims at where the goal is to be no slower than QEMU.
 const DESIGN_RATIO: f64 = 0.6;
 
-/// One goal.
+/// One goal, what was measured for it, and whether that meets it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub(super) struct Goal {
+pub struct Goal {
     goal: String,
     /// Nothing where nothing could be measured: then it is not met.
     value: Option<f64>,
@@ -27,7 +27,8 @@ pub(super) struct Goal {
 }
 
 impl Goal {
-    pub(super) fn at_most(goal: impl Into<String>, value: Option<f64>, limit: f64) -> Self {
+    /// One that is met by a value of at most `limit`.
+    pub fn at_most(goal: impl Into<String>, value: Option<f64>, limit: f64) -> Self {
         Self {
             goal: goal.into(),
             value: value.map(rounded),
@@ -37,7 +38,8 @@ impl Goal {
         }
     }
 
-    pub(super) fn at_least(goal: impl Into<String>, value: Option<f64>, limit: f64) -> Self {
+    /// One that is met by a value of at least `limit`.
+    pub fn at_least(goal: impl Into<String>, value: Option<f64>, limit: f64) -> Self {
         Self {
             goal: goal.into(),
             value: value.map(rounded),
@@ -47,11 +49,16 @@ impl Goal {
         }
     }
 
-    pub(super) fn is_met(&self) -> bool {
+    /// Whether it is met.
+    #[must_use]
+    pub fn is_met(&self) -> bool {
         self.met
     }
 
-    pub(super) fn line(&self) -> String {
+    /// As a line of JSON.
+    #[must_use]
+    #[expect(clippy::missing_panics_doc, reason = "numbers and text are JSON")]
+    pub fn line(&self) -> String {
         serde_json::to_string(self).expect("numbers and text are JSON")
     }
 }

@@ -22,7 +22,7 @@ use crate::accel::accel;
 use crate::image::Image;
 use crate::{ferry, interrupt, packages};
 use figure::Sample;
-use goal::Goal;
+pub use goal::Goal;
 use measure::{Failure, Setup};
 use options::Plan;
 pub use options::{Mode, Options, QemuMemory, Verification};
