@@ -123,7 +123,7 @@ fn the_corpus_holds_what_the_encoder_writes() {
 type Seed = (&'static str, String, Vec<u8>);
 
 fn seeds() -> Vec<Seed> {
-    [words(), handshakes(), transmissions()].concat()
+    [words(), handshakes(), transmissions(), snapshots()].concat()
 }
 
 fn options() -> Vec<ClientOption> {
@@ -287,4 +287,44 @@ fn transmissions() -> Vec<Seed> {
     let asks = [&[2], asks.as_slice(), &question].concat();
     seeds.push(("nbd_transmission", "2-question".to_owned(), asks));
     seeds
+}
+
+fn snapshots() -> Vec<Seed> {
+    let mapping = |address: u64, size: u64, offset: u64, page: u64| {
+        format!(
+            r#"{{"base_host_virt_addr":{address},"size":{size},"offset":{offset},"page_size":{page},"page_size_kib":{page}}}"#
+        )
+    };
+    let one = mapping(1 << 46, 128 << 20, 0, 4096);
+    // Below and above the hole of x86, in huge pages.
+    let low = mapping(1 << 46, 3 << 30, 0, 2 << 20);
+    let high = mapping(1 << 45, 1 << 30, 3 << 30, 2 << 20);
+    let texts = [
+        ("one", format!("[{one}]")),
+        ("two", format!("[{low},{high}]")),
+        ("overlap", format!("[{one},{one}]")),
+        (
+            "oldest",
+            r#"[{"base_host_virt_addr":4096,"size":8192,"offset":0}]"#.to_owned(),
+        ),
+        (
+            "later",
+            format!(
+                r#"[{}]"#,
+                one.replace('}', r#","slot":[1,{"a":null}],"b":"\u00e9"}"#)
+            ),
+        ),
+        ("spaces", format!(" [\n{one} ]\n\0")),
+        ("more", format!("[{one}][{one}]")),
+        ("none", "[]".to_owned()),
+        ("foreign", "GET / HTTP/1.1\r\n\r\n".to_owned()),
+    ];
+    texts
+        .into_iter()
+        .map(|(name, text)| {
+            let cut = u8::try_from(text.len() / 2).unwrap_or(u8::MAX);
+            let bytes = [&[cut], text.as_bytes()].concat();
+            ("snapshot_mappings", name.to_owned(), bytes)
+        })
+        .collect()
 }

@@ -3,6 +3,7 @@
 //! `cargo +nightly fuzz run <target>` feeds them; a test of `memferry` runs them on stable over the corpus.
 
 mod client;
+mod snapshot;
 
 use memferry::nbd::{
     BlockStatus, ChunkKind, ClientOption, ErrorChunk, Greeting, Hole, OldExport, OptionCode,
@@ -11,15 +12,17 @@ use memferry::nbd::{
 };
 
 pub use client::{nbd_handshake, nbd_transmission};
+pub use snapshot::snapshot_mappings;
 
 /// A target and its name.
 pub type Target = (&'static str, fn(&[u8]));
 
 /// Every target.
-pub const TARGETS: [Target; 3] = [
+pub const TARGETS: [Target; 4] = [
     ("nbd_words", nbd_words),
     ("nbd_handshake", nbd_handshake),
     ("nbd_transmission", nbd_transmission),
+    ("snapshot_mappings", snapshot_mappings),
 ];
 
 /// Every word of the protocol: which, then its bytes. What decodes is written in a way that decodes to the same.

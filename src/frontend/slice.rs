@@ -11,17 +11,28 @@
 //! ```
 //!
 //! `pager.rs` has the pages; `serve.rs` the threads; `ahead.rs` knows what is accessed next; `write_back.rs` what was written.
-//! `hand_over.rs` lets another process's faults be served in the same way.
+//! `retry.rs` has what could not be had yet. `hand_over.rs` lets another process's faults be served in the same way, and `snapshot.rs`
+//! those of a VMM that restores a snapshot.
 
 mod ahead;
 mod hand_over;
+mod latency;
 mod pager;
+mod retry;
 mod serve;
+mod snapshot;
+mod snapshot_server;
 mod write_back;
 
 pub use hand_over::{
     FaultServer, HandOverError, HandedOver, HandedRange, hand_over, parse_hand_over,
 };
+pub use latency::FaultTimes;
+pub use retry::Waiting;
+pub use snapshot::{
+    MOST_MAPPINGS, MemoryMapping, RefusedSnapshot, Snapshot, SnapshotError, parse_mappings,
+};
+pub use snapshot_server::{SnapshotProgress, SnapshotServer};
 
 use std::io;
 use std::ops::Range;

@@ -13,7 +13,7 @@
 //!
 //! `pull.rs` decides what is fetched, with `schedule.rs`, `streams.rs` and `window.rs`; `push.rs` writes back.
 
-mod pull;
+pub(super) mod pull;
 mod push;
 mod schedule;
 mod streams;
@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 use super::options::{Hooks, ManagedOptions, Push};
 use crate::chunk::{ChunkState, Marks, Residency, Storage, Synced};
 use crate::dirty::{DirtyTracker, Tracked};
-use pull::Pulls;
+use pull::{Filled, Pulls};
 use push::Pushes;
 
 /// A remote storage with a local one in front of it.
@@ -150,7 +150,8 @@ impl Managed {
             writers: Mutex::default(),
             drained: Condvar::new(),
         };
-        managed.pulls.start(&managed.synced)?;
+        let filled: Arc<dyn Filled> = Arc::clone(&managed.synced) as _;
+        managed.pulls.start(&filled)?;
         managed.pushes.start()?;
         if options.pull_first {
             managed.wait_for_all(options.deadline)?;
@@ -332,7 +333,7 @@ impl Managed {
         let run = self.synced.chunks_touched(&touched);
         let missed = !self.synced.residency().is_resident(run);
         // Asked for before it is waited for, so that what follows comes at the same time.
-        self.pulls.read(&self.synced, &touched, missed);
+        self.pulls.read(&*self.synced, &touched, missed);
         if missed && self.writers().closed {
             return Err(closed());
         }

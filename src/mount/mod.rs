@@ -9,11 +9,15 @@
 //!  program ──► front end (file, device, memory) ──► Direct | Managed ──► back end
 //!              └──────────────── Mount: let go, save, close ──┘
 //! ```
+//!
+//! A VMM that [restores](Restore) a snapshot is a mount without a way back: its memory is filled, and then let go of.
 
 mod joined;
 mod managed;
 mod options;
+mod restore;
 
 pub use joined::{Direct, FrontEnd, Mount, Mounted, UnmountError};
 pub use managed::{CloseError, Managed, MountProgress};
 pub use options::{Hook, Hooks, ManagedOptions, Priority, Push};
+pub use restore::{Restore, RestoreOptions, RestoreProgress};

@@ -5,9 +5,11 @@
 
 mod event;
 mod features;
+mod initialised;
 
 pub use event::Event;
 pub use features::Features;
+pub use initialised::Pages;
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -145,6 +147,11 @@ impl Uffd {
     /// `EINVAL` if nothing is mapped there or the mapping is of a kind that cannot be watched, `EBUSY` if another
     /// userfaultfd watches it, `ENOMEM` if the process has exited, `EPERM` if its file may not be written.
     pub fn register(&self, range: Range<u64>, mode: Mode) -> io::Result<()> {
+        self.registered(range, mode).map(|_| ())
+    }
+
+    /// Registers a range; says which ioctls its pages take, a bit each.
+    fn registered(&self, range: Range<u64>, mode: Mode) -> io::Result<u64> {
         let bit = |wanted: bool, bit: u32| if wanted { u64::from(bit) } else { 0 };
         let mut register = raw::uffdio_register {
             range: raw_range(&range)?,
@@ -154,7 +161,7 @@ impl Uffd {
             ioctls: 0,
         };
         self.ioctl::<{ ioctl::UFFDIO_REGISTER }, _>(&mut register)?;
-        Ok(())
+        Ok(register.ioctls)
     }
 
     /// Stops to report on `range`: wakes who waits there and lifts its write protection.

@@ -4,11 +4,12 @@ use std::collections::BTreeSet;
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockWriteGuard};
 
+use super::write_back::cut_by;
 use crate::chunk::{AtomicBitmap, ChunkRun, Storage};
 use crate::sys::mapping::page_size;
-use crate::sys::uffd::{Features, Installed, Stop, Uffd};
+use crate::sys::uffd::{Features, Installed, Pages, Stop, Uffd};
 
 /// Where a program has a part of a region, to be filled as it is accessed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,11 +31,14 @@ struct Placed {
 pub(super) struct Pager {
     pub(super) uffd: Uffd,
     pub(super) storage: Arc<dyn Storage>,
+    /// The size of a page in bytes, and what kind it is of.
+    pub(super) page: u64,
+    kind: Pages,
     areas: Vec<Placed>,
     /// What was installed, and not taken away again. A page can be present before it is in here.
     resident: AtomicBitmap,
-    /// Pages that the program gave back: zeros from now on.
-    given_back: Option<AtomicBitmap>,
+    /// Pages that are zeros for ever unless they are present: the program gave them back, or the storage has nothing there.
+    zeros: Option<AtomicBitmap>,
     /// Whether an installed page is write-protected, so that a write to it is noticed.
     pub(super) protects: bool,
     poison: Mutex<BTreeSet<u64>>,
@@ -42,6 +46,8 @@ pub(super) struct Pager {
     /// Counts how often pages were taken away; what was read before is not installed afterwards. Changed under the lock, under
     /// which pages are installed.
     generation: AtomicU64,
+    /// Held to install pages, by one alone to take them away, and so from reading that the program gives pages back until they are noted:
+    /// the program goes on as soon as that is read.
     stable: RwLock<()>,
 }
 
@@ -71,8 +77,24 @@ pub(super) enum Install {
     Written,
 }
 
+/// Events of a program are read by one thread at a time, which knows what they say before another reads on.
+pub(super) struct Reading<'a> {
+    pager: &'a Pager,
+    _stable: Option<RwLockWriteGuard<'a, ()>>,
+}
+
+impl Reading<'_> {
+    /// The program gives back what it has at these addresses. What was read for them is not installed any more.
+    pub(super) fn give_back(&self, addresses: &Range<u64>) {
+        self.pager.give_back(addresses);
+    }
+}
+
 /// Most bytes that are read at once, and kept in a buffer for it.
 pub(super) const LARGEST: u64 = 1 << 20;
+
+/// Most bytes that are installed at once while a program may give pages back: whoever reads faults waits for as long, some 30 µs.
+const LONGEST_HOLD: u64 = 128 << 10;
 
 impl std::fmt::Debug for Pager {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -92,12 +114,23 @@ impl Pager {
         areas: Vec<Area>,
         protects: bool,
     ) -> Self {
+        Self::with_pages(uffd, storage, areas, protects, (page_size(), Pages::Base))
+    }
+
+    /// As [`new`](Self::new), with pages of another size.
+    pub(super) fn with_pages(
+        uffd: Uffd,
+        storage: Arc<dyn Storage>,
+        areas: Vec<Area>,
+        protects: bool,
+        (page, kind): (u64, Pages),
+    ) -> Self {
         let mut next = 0;
         let mut areas: Vec<_> = areas
             .into_iter()
             .map(|area| {
                 let start = next;
-                next += (area.addresses.end - area.addresses.start) / page_size();
+                next += (area.addresses.end - area.addresses.start) / page;
                 Placed {
                     area,
                     pages: start..next,
@@ -105,16 +138,18 @@ impl Pager {
             })
             .collect();
         areas.sort_by_key(|placed| placed.area.addresses.start);
-        let given_back = uffd
+        let zeros = uffd
             .features()
             .contains(Features::EVENT_REMOVE)
             .then(|| AtomicBitmap::empty(next));
         Self {
             uffd,
             storage,
+            page,
+            kind,
             areas,
             resident: AtomicBitmap::empty(next),
-            given_back,
+            zeros,
             protects,
             poison: Mutex::default(),
             any_poison: AtomicBool::new(false),
@@ -133,7 +168,7 @@ impl Pager {
             .area
             .addresses
             .contains(&address)
-            .then(|| placed.pages.start + (address - placed.area.addresses.start) / page_size())
+            .then(|| placed.pages.start + (address - placed.area.addresses.start) / self.page)
     }
 
     fn placed(&self, page: u64) -> Option<&Placed> {
@@ -160,14 +195,14 @@ impl Pager {
     pub(super) fn addresses(&self, pages: &Range<u64>) -> Range<u64> {
         let placed = self.placed(pages.start).expect("pages of an area");
         let address =
-            |page: u64| placed.area.addresses.start + (page - placed.pages.start) * page_size();
+            |page: u64| placed.area.addresses.start + (page - placed.pages.start) * self.page;
         address(pages.start)..address(pages.end)
     }
 
     /// What pages of one area hold of the storage; the last may end before its page.
     pub(super) fn bytes(&self, pages: &Range<u64>) -> Range<u64> {
         let placed = self.placed(pages.start).expect("pages of an area");
-        let offset = |page: u64| placed.area.offset + (page - placed.pages.start) * page_size();
+        let offset = |page: u64| placed.area.offset + (page - placed.pages.start) * self.page;
         let len = self.storage.len();
         offset(pages.start).min(len)..offset(pages.end).min(len)
     }
@@ -178,17 +213,23 @@ impl Pager {
 
     /// The next run of pages of `within` that are not resident and that the storage has, at most [`LARGEST`].
     pub(super) fn next_absent(&self, within: Range<u64>) -> Option<Range<u64>> {
-        let settled = |page| self.is_resident(page) || self.is_given_back(page);
+        let settled = |page| self.is_resident(page) || self.is_zero(page);
         let start = within.clone().find(|&page| !settled(page))?;
-        let end = within.end.min(start + LARGEST / page_size());
+        let end = within.end.min(start + self.batch());
         let stop = (start + 1..end).find(|&page| settled(page));
         Some(start..stop.unwrap_or(end))
     }
 
-    fn is_given_back(&self, page: u64) -> bool {
-        self.given_back
+    /// The first of `pages` that is zeros, or their end.
+    pub(super) fn until_zeros(&self, mut pages: Range<u64>) -> u64 {
+        let end = pages.end;
+        pages.find(|&page| self.is_zero(page)).unwrap_or(end)
+    }
+
+    fn is_zero(&self, page: u64) -> bool {
+        self.zeros
             .as_ref()
-            .is_some_and(|given_back| given_back.contains(page))
+            .is_some_and(|zeros| zeros.contains(page))
     }
 
     /// Reads `pages`, of one area, with `read` and makes them present; those that are already stay as they are. `buffer` may be any.
@@ -199,10 +240,10 @@ impl Pager {
         read: impl Fn(&(dyn Storage + 'static), &mut [u8], u64) -> io::Result<()>,
     ) -> Result<(), Problem> {
         loop {
-            let generation = self.generation();
-            if pages.clone().any(|page| self.is_given_back(page)) {
+            if self.zeros.is_some() {
                 return self.fetch_or_zero(pages, buffer, read);
             }
+            let generation = self.generation();
             let data = self.read(pages, buffer, &read)?;
             // Else the bytes may have changed since they were read.
             if self
@@ -214,26 +255,63 @@ impl Pager {
         }
     }
 
-    /// As [`fetch`](Self::fetch), page by page: what was given back is zeros.
+    /// As [`fetch`](Self::fetch), where some of `pages` may be zeros, which are not read.
     fn fetch_or_zero(
         &self,
         pages: &Range<u64>,
         buffer: &mut Vec<u8>,
         read: impl Fn(&(dyn Storage + 'static), &mut [u8], u64) -> io::Result<()>,
     ) -> Result<(), Problem> {
-        for page in pages.clone() {
-            let one = page..page + 1;
-            let generation = self.generation();
-            if self.is_given_back(page) {
-                outcome(self.uffd.zero(self.addresses(&one), page_size())?)?;
+        for (run, zeros) in self.alike(pages) {
+            if zeros {
+                self.install_zeros(&run)?;
             } else {
-                let data = self.read(&one, buffer, &read)?;
-                // If it was given back meanwhile, whoever waits for it faults again.
-                self.install(&one, data, Install::Clean, Some(generation))?;
-                self.uffd.wake(self.addresses(&one))?;
+                let data = self.read(&run, buffer, &read)?;
+                self.install_but_zeros(&run, data)?;
             }
         }
         Ok(())
+    }
+
+    /// Cuts `pages` into runs that are zeros, or are not.
+    fn alike(&self, pages: &Range<u64>) -> impl Iterator<Item = (Range<u64>, bool)> {
+        let mut rest = pages.clone();
+        std::iter::from_fn(move || {
+            let start = rest.next()?;
+            let zeros = self.is_zero(start);
+            while !rest.is_empty() && self.is_zero(rest.start) == zeros {
+                rest.start += 1;
+            }
+            Some((start..rest.start, zeros))
+        })
+    }
+
+    /// Makes `pages` present with `data`, but for those that are zeros by now: who waits for one of them looks again.
+    fn install_but_zeros(&self, pages: &Range<u64>, data: &[u8]) -> Result<u64, Problem> {
+        let step = (LONGEST_HOLD / self.page).max(1);
+        let mut installed = 0;
+        for part in cut_by(pages.clone(), step) {
+            // Nothing is behind the lock that could be left half done.
+            let _stable = self.stable.read().unwrap_or_else(PoisonError::into_inner);
+            for (run, zeros) in self.alike(&part) {
+                let addresses = self.addresses(&run);
+                if zeros {
+                    self.uffd.wake(addresses)?;
+                    continue;
+                }
+                let place = |page: u64| {
+                    usize::try_from((page - pages.start) * self.page).expect("within the data")
+                };
+                let bytes = &data[place(run.start)..place(run.end)];
+                let done = self.healing(&run, || {
+                    Ok(self.uffd.install(addresses.start, bytes, self.page)?)
+                })?;
+                self.resident
+                    .insert_run(ChunkRun::new(run.start, done.done / self.page));
+                installed += outcome(done)?;
+            }
+        }
+        Ok(installed)
     }
 
     /// Reads `pages` of one area into `buffer`, as whole pages.
@@ -244,7 +322,7 @@ impl Pager {
         read: impl Fn(&(dyn Storage + 'static), &mut [u8], u64) -> io::Result<()>,
     ) -> io::Result<&'b [u8]> {
         let bytes = self.bytes(pages);
-        let whole = usize::try_from((pages.end - pages.start) * page_size())
+        let whole = usize::try_from((pages.end - pages.start) * self.page)
             .map_err(|_| io::ErrorKind::OutOfMemory)?;
         if buffer.len() < whole {
             buffer.resize(whole, 0);
@@ -270,6 +348,10 @@ impl Pager {
         how: Install,
         generation: Option<u64>,
     ) -> Result<Option<u64>, Problem> {
+        if self.zeros.is_some() {
+            // What was given back is known by the page: all else is as it was read, however long ago.
+            return self.install_but_zeros(pages, data).map(Some);
+        }
         let addresses = self.addresses(pages);
         // Nothing is behind the lock that could be left half done.
         let _stable = self.stable.read().unwrap_or_else(PoisonError::into_inner);
@@ -279,9 +361,9 @@ impl Pager {
         let installed = self.healing(pages, || {
             outcome(if self.protects && how == Install::Clean {
                 self.uffd
-                    .install_protected(addresses.start, data, page_size())?
+                    .install_protected(addresses.start, data, self.page)?
             } else {
-                self.uffd.install(addresses.start, data, page_size())?
+                self.uffd.install(addresses.start, data, self.page)?
             })
         })?;
         self.resident
@@ -290,11 +372,11 @@ impl Pager {
     }
 
     /// Runs `install` for pages of which some may be poisoned, which they are not afterwards.
-    fn healing(
+    fn healing<T>(
         &self,
         pages: &Range<u64>,
-        install: impl FnOnce() -> Result<u64, Problem>,
-    ) -> Result<u64, Problem> {
+        install: impl FnOnce() -> Result<T, Problem>,
+    ) -> Result<T, Problem> {
         if !self.any_poison.load(Ordering::Acquire) {
             return install();
         }
@@ -310,14 +392,24 @@ impl Pager {
         if !self.uffd.features().contains(Features::POISON) {
             return Ok(false);
         }
+        let _stable = self.stable.read().unwrap_or_else(PoisonError::into_inner);
         let mut poison = self.poison.lock().unwrap_or_else(PoisonError::into_inner);
         for page in pages.clone() {
+            if self.is_zero(page) {
+                // Who waits there looks again.
+                self.uffd.wake(self.addresses(&(page..page + 1)))?;
+                continue;
+            }
             let poisoned = self
                 .uffd
-                .poison(self.addresses(&(page..page + 1)), page_size())?;
+                .poison(self.addresses(&(page..page + 1)), self.page)?;
             if poisoned.bytes > 0 {
                 poison.insert(page);
                 self.any_poison.store(true, Ordering::Release);
+            }
+            // To be tried again when the program's events are read: who waits there still does.
+            if poisoned.stopped == Some(Stop::Changing) {
+                return Ok(false);
             }
         }
         Ok(true)
@@ -348,10 +440,18 @@ impl Pager {
         Ok(done)
     }
 
-    /// The program gives back what it has at these addresses. What was read for them is not installed any more.
-    pub(super) fn give_back(&self, addresses: &Range<u64>) {
-        let _stable = self.stable.write().unwrap_or_else(PoisonError::into_inner);
-        self.generation.fetch_add(1, Ordering::AcqRel);
+    /// For the time in which events are read: what the program gives back by them is not installed until it is noted.
+    pub(super) fn reading(&self) -> Reading<'_> {
+        Reading {
+            pager: self,
+            _stable: self
+                .zeros
+                .is_some()
+                .then(|| self.stable.write().unwrap_or_else(PoisonError::into_inner)),
+        }
+    }
+
+    fn give_back(&self, addresses: &Range<u64>) {
         for placed in &self.areas {
             let start = addresses.start.max(placed.area.addresses.start);
             let end = addresses.end.min(placed.area.addresses.end);
@@ -359,14 +459,113 @@ impl Pager {
                 continue;
             }
             let page = |address: u64| {
-                placed.pages.start + (address - placed.area.addresses.start) / page_size()
+                placed.pages.start + (address - placed.area.addresses.start) / self.page
             };
             let run = ChunkRun::new(page(start), page(end) - page(start));
-            if let Some(given_back) = &self.given_back {
-                given_back.insert_run(run);
+            if let Some(zeros) = &self.zeros {
+                zeros.insert_run(run);
             }
             self.resident.remove_run(run);
         }
+    }
+
+    /// Makes `pages` of one area, which are zeros, present.
+    fn install_zeros(&self, pages: &Range<u64>) -> Result<(), Problem> {
+        let addresses = self.addresses(pages);
+        match self.kind {
+            Pages::Base => outcome(self.uffd.zero(addresses, self.page)?)?,
+            Pages::Huge => {
+                let len = usize::try_from(addresses.end - addresses.start)
+                    .map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
+                outcome(
+                    self.uffd
+                        .install(addresses.start, &vec![0; len], self.page)?,
+                )?
+            }
+        };
+        Ok(())
+    }
+
+    /// Lets whoever waits for `pages`, of one area, look again.
+    pub(super) fn wake(&self, pages: &Range<u64>) {
+        // It fails for ranges only that are not pages.
+        let _ = self.uffd.wake(self.addresses(pages));
+    }
+
+    /// Takes note that the storage has nothing but zeros in `pages`: they are not read.
+    pub(super) fn note_zeros(&self, pages: &Range<u64>) {
+        let Some(zeros) = &self.zeros else { return };
+        for page in pages.clone().filter(|&page| !self.is_resident(page)) {
+            zeros.insert_run(ChunkRun::new(page, 1));
+        }
+    }
+
+    /// How many pages there are.
+    pub(super) fn pages(&self) -> u64 {
+        self.areas
+            .iter()
+            .map(|placed| placed.pages.end)
+            .max()
+            .unwrap_or(0)
+    }
+
+    /// How many pages were installed, and how many of the others are zeros.
+    pub(super) fn count(&self) -> (u64, u64) {
+        let resident = self.resident.snapshot();
+        let zeros = self.zeros.as_ref().map_or(0, |zeros| {
+            let mut zeros = zeros.snapshot();
+            zeros.subtract(&resident);
+            zeros.count()
+        });
+        (resident.count(), zeros)
+    }
+
+    /// Most pages that are read at once.
+    pub(super) fn batch(&self) -> u64 {
+        (LARGEST / self.page).max(1)
+    }
+
+    /// Lets whoever accesses a page that is neither installed nor zeros be killed, for ever; `false` if the kernel cannot.
+    pub(super) fn poison_absent(&self) -> io::Result<bool> {
+        if !self.uffd.features().contains(Features::POISON) {
+            return Ok(false);
+        }
+        let _stable = self.stable.read().unwrap_or_else(PoisonError::into_inner);
+        let mut next = 0..self.pages();
+        while let Some(absent) = self.next_absent(next.clone()) {
+            next.start = absent.end;
+            let mut rest = absent;
+            while let Some(part) = self.within_area(&rest) {
+                rest.start = part.end;
+                let poisoned = self.uffd.poison(self.addresses(&part), self.page)?;
+                if poisoned.stopped == Some(Stop::Changing) {
+                    return Err(io::ErrorKind::WouldBlock.into());
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// Reports nothing any more: what is absent reads as zeros from then on, unless it was poisoned.
+    pub(super) fn unregister(&self) -> io::Result<()> {
+        for placed in &self.areas {
+            self.uffd.unregister(placed.area.addresses.clone())?;
+            // The kernel wakes who waits before it unregisters: a fault that came in between would wait for ever.
+            self.uffd.wake(placed.area.addresses.clone())?;
+        }
+        Ok(())
+    }
+
+    /// Whether the program changes its mappings at this moment: an event of that is to be read before it goes on.
+    pub(super) fn is_changing(&self) -> io::Result<bool> {
+        let Some(first) = self.areas.first().map(|placed| placed.pages.start) else {
+            return Ok(false);
+        };
+        // Nothing is registered there any more, or the page is there, or it becomes zeros: it was asked for only once nothing is absent.
+        let tried = self
+            .uffd
+            .zero(self.addresses(&(first..first + 1)), self.page)?;
+        Ok(tried.stopped == Some(Stop::Changing))
     }
 }
 

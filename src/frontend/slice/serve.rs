@@ -13,16 +13,17 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
+use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::io::Errno;
 
 use super::ahead::{Ahead, Streams};
+use super::latency::Latencies;
 use super::pager::{Install, LARGEST, Pager, Problem};
-use super::write_back::{WriteBack, cut};
+use super::retry::{FIRST_PAUSE, LONGEST_PAUSE, Retries, Retry};
+use super::write_back::{WriteBack, cut_by};
 use super::{Failure, SliceOptions};
 use crate::chunk::Storage;
-use crate::sys::mapping::page_size;
-use crate::sys::uffd::{Event, Features, Uffd};
+use crate::sys::uffd::{Event, Uffd};
 
 /// So many threads read ahead: with 1 MiB each, what 1 Gbit/s carries in a round trip of 30 ms.
 const AHEAD_THREADS: usize = 4;
@@ -40,15 +41,7 @@ const MOST_AT_HAND: u64 = 64;
 #[expect(clippy::host_endian_bytes, reason = "the kernel's own words")]
 const ONE: [u8; 8] = 1_u64.to_ne_bytes();
 
-/// A page that could not be had is tried again after this, and after twice as long each time, up to [`LONGEST_PAUSE`].
-const FIRST_PAUSE: Duration = Duration::from_millis(20);
-const LONGEST_PAUSE: Duration = Duration::from_secs(1);
-
-/// How long a program may take to give pages back once it was told that it may.
-const SOON: Duration = Duration::from_millis(1);
-
 /// Faults of a program, and everything that is needed to serve them.
-#[derive(Debug)]
 pub(super) struct Service {
     pub(super) pager: Pager,
     /// `None` if nothing is written back.
@@ -57,31 +50,29 @@ pub(super) struct Service {
     threads: usize,
     read_ahead: u64,
     /// Pages that are waited for, and that no thread has begun with.
-    queue: Mutex<VecDeque<Range<u64>>>,
+    queue: Mutex<VecDeque<(Range<u64>, Instant)>>,
     /// Counts what is in `queue`; each count wakes one thread.
     queued: OwnedFd,
-    retries: Mutex<Vec<Retry>>,
+    pub(super) retries: Retries,
+    pub(super) latencies: Latencies,
+    pub(super) on_fault: Option<OnFault>,
+    /// Since when those wait whose pages are being read.
+    serving: Mutex<Vec<Instant>>,
+    /// Why pages were poisoned the last time.
+    poisoned: Mutex<Option<String>>,
     streams: Mutex<Streams>,
     jobs: Mutex<VecDeque<Job>>,
     jobs_changed: Condvar,
     /// Pages that were read ahead and are still absent.
     kept: Mutex<BTreeMap<u64, Kept>>,
     kept_count: AtomicUsize,
-    /// Where the program may give pages back: held while events are read and taken note of, so that a fault which follows is read by
-    /// who knows.
-    in_order: Option<Mutex<()>>,
     stopping: AtomicBool,
     /// Readable once the threads shall end.
     stop: OwnedFd,
 }
 
-#[derive(Debug)]
-struct Retry {
-    pages: Range<u64>,
-    at: Instant,
-    pause: Duration,
-    give_up: Option<Instant>,
-}
+/// Told of pages that were waited for, once they are there.
+pub(super) type OnFault = Box<dyn Fn(&Range<u64>) + Send + Sync>;
 
 /// What an access tells of the next.
 #[derive(Debug)]
@@ -121,6 +112,15 @@ pub(super) struct Running {
     threads: Vec<JoinHandle<()>>,
 }
 
+impl std::fmt::Debug for Service {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Service")
+            .field("pager", &self.pager)
+            .field("retries", &self.retries)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Service {
     /// Faults of `pager`'s memory, to be served as `options` say.
     ///
@@ -132,9 +132,7 @@ impl Service {
         options: &SliceOptions,
     ) -> io::Result<Self> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
-        let gives_back = pager.uffd.features().contains(Features::EVENT_REMOVE);
         Ok(Self {
-            in_order: gives_back.then(Mutex::default),
             pager,
             writes,
             failure: options.failure,
@@ -142,7 +140,11 @@ impl Service {
             read_ahead: options.read_ahead,
             queue: Mutex::default(),
             queued: eventfd(0, flags | EventfdFlags::SEMAPHORE)?,
-            retries: Mutex::default(),
+            retries: Retries::default(),
+            latencies: Latencies::default(),
+            on_fault: None,
+            serving: Mutex::default(),
+            poisoned: Mutex::default(),
             streams: Mutex::default(),
             jobs: Mutex::default(),
             jobs_changed: Condvar::new(),
@@ -198,7 +200,7 @@ impl Service {
     /// Serves faults until the service stops.
     fn serve(&self, server: &mut Server) {
         loop {
-            let timeout = self.until_next_retry();
+            let timeout = self.retries.until_next();
             let mut ready = [const { MaybeUninit::uninit() }; 4];
             let woken = epoll::wait(&server.epoll, &mut ready, timeout.as_ref());
             if self.stopping.load(Ordering::Acquire) {
@@ -213,8 +215,8 @@ impl Service {
             // passed on what else waits.
             self.read_faults(server);
             self.serve_faults(server);
-            while let Some(pages) = self.take_queued() {
-                self.resolve(&pages, &mut server.buffer);
+            while let Some((pages, since)) = self.take_queued() {
+                self.resolve(&pages, since, &mut server.buffer);
             }
             self.try_again(&mut server.buffer);
         }
@@ -224,7 +226,7 @@ impl Service {
     fn read_faults(&self, server: &mut Server) {
         let Server { events, faults, .. } = server;
         faults.clear();
-        let _reading = self.in_order.as_ref().map(locked);
+        let reading = self.pager.reading();
         loop {
             events.clear();
             match self.pager.uffd.read_events(events) {
@@ -238,7 +240,7 @@ impl Service {
                         address, wp: true, ..
                     } => self.let_write(*address),
                     Event::Fault { address, .. } => faults.extend(self.pager.page_at(*address)),
-                    Event::Remove { range } => self.pager.give_back(range),
+                    Event::Remove { range } => reading.give_back(range),
                     _ => {}
                 }
             }
@@ -251,31 +253,32 @@ impl Service {
     /// Serves the faults that were read. Neighbours are one read; of several that take time, others get all but one.
     fn serve_faults(&self, server: &mut Server) {
         let Server { faults, buffer, .. } = server;
+        let now = Instant::now();
         let mut mine = match faults[..] {
             [] => self.take_queued(),
-            [page] => Some(page..page + 1),
+            [page] => Some((page..page + 1, now)),
             _ => None,
         };
         if faults.len() > 1 {
             faults.sort_unstable();
             faults.dedup();
             let mut at_hand = Vec::new();
-            for pages in runs_of(faults) {
+            for pages in runs_of(faults, self.pager.batch()) {
                 if self.is_at_hand(&pages) {
                     at_hand.push(pages);
                 } else if mine.is_none() {
-                    mine = Some(pages);
+                    mine = Some((pages, now));
                 } else {
-                    self.queue_up(pages);
+                    self.queue_up(pages, now);
                 }
             }
             for pages in at_hand {
-                self.resolve(&pages, buffer);
+                self.resolve(&pages, now, buffer);
             }
         }
-        if let Some(pages) = mine {
+        if let Some((pages, since)) = mine {
             self.pass_on();
-            self.resolve(&pages, buffer);
+            self.resolve(&pages, since, buffer);
         }
     }
 
@@ -288,15 +291,15 @@ impl Service {
     }
 
     /// Leaves pages to another thread.
-    fn queue_up(&self, pages: Range<u64>) {
+    fn queue_up(&self, pages: Range<u64>, since: Instant) {
         // First what is counted, then the count: who takes a count finds something.
-        locked(&self.queue).push_back(pages);
+        locked(&self.queue).push_back((pages, since));
         // One count wakes one thread. It cannot fail: the counter holds more than there is memory for pages.
         let _ = rustix::io::write(&self.queued, &ONE);
     }
 
     /// Takes a count, and what it counts.
-    fn take_queued(&self) -> Option<Range<u64>> {
+    fn take_queued(&self) -> Option<(Range<u64>, Instant)> {
         // Without a system call where there is nothing: a program on this processor runs on only when this thread waits.
         if locked(&self.queue).is_empty() {
             return None;
@@ -316,25 +319,47 @@ impl Service {
         self.pager.storage.is_at_hand(self.pager.bytes(pages))
     }
 
-    /// Makes pages present that somebody waits for.
-    fn resolve(&self, pages: &Range<u64>, buffer: &mut Vec<u8>) {
+    /// Makes pages present that somebody waits for, `since` then.
+    fn resolve(&self, pages: &Range<u64>, since: Instant, buffer: &mut Vec<u8>) {
+        locked(&self.serving).push(since);
+        self.resolve_each(pages, since, buffer);
+        let mut serving = locked(&self.serving);
+        if let Some(this) = serving.iter().position(|&begun| begun == since) {
+            serving.swap_remove(this);
+        }
+    }
+
+    fn resolve_each(&self, pages: &Range<u64>, since: Instant, buffer: &mut Vec<u8>) {
         let mut rest = pages.clone();
         while let Some(part) = self.pager.within_area(&rest) {
             rest.start = part.end;
             let plan = self.plan(&part);
             let now = match plan {
                 // One copy of more is quicker than two, and nobody is overtaken by the second.
-                Some(Plan::Copy(end)) => part.start..end,
+                // Memory that was given back is not filled again before it is accessed.
+                Some(Plan::Copy(end)) => part.start..self.pager.until_zeros(part.end..end),
                 _ => part.clone(),
             };
             match self.fetch_now(&now, buffer) {
-                Ok(()) | Err(Problem::Gone) => {}
-                Err(Problem::Storage(_)) => self.retry_later(part, FIRST_PAUSE, None),
-                Err(Problem::Changing) => self.retry_soon(part, None),
+                Ok(()) => self.is_there(&part, since),
+                Err(why) => {
+                    if let Some(retry) = self.retry(part, why, since, FIRST_PAUSE) {
+                        self.retries.add(retry);
+                    }
+                }
             }
             if let Some(Plan::ReadAhead(ahead, area)) = plan {
                 self.have_read(ahead, &area);
             }
+        }
+    }
+
+    /// Pages are there that somebody has waited for, `since` then.
+    fn is_there(&self, pages: &Range<u64>, since: Instant) {
+        self.latencies
+            .note(since.elapsed(), pages.end - pages.start);
+        if let Some(on_fault) = &self.on_fault {
+            on_fault(pages);
         }
     }
 
@@ -346,7 +371,7 @@ impl Service {
         let area = self.pager.area_of(pages.start)?;
         let next = pages.end..pages.end + 1;
         let at_hand = area.contains(&next.start) && self.is_at_hand(&next);
-        let most = self.read_ahead / page_size();
+        let most = self.read_ahead / self.pager.page;
         let most = if at_hand {
             most.min(MOST_AT_HAND)
         } else {
@@ -404,6 +429,7 @@ impl Service {
         let sequential = ahead.stride == 1;
         let mut jobs = locked(&self.jobs);
         let mut keeps_first = sequential;
+        let cut = |pages| cut_by(pages, self.pager.batch());
         for pages in joined(ahead.pages(area)).flat_map(cut) {
             if jobs.len() >= MOST_JOBS {
                 break;
@@ -450,7 +476,7 @@ impl Service {
                 .read(&pages, buffer, <dyn Storage>::read_ahead_at)?;
             if job.keeps_first && pages.start == job.pages.start {
                 let (first, others) =
-                    data.split_at(usize::try_from(page_size()).expect("a page is little"));
+                    data.split_at(usize::try_from(self.pager.page).expect("a page is little"));
                 if self.keep(pages.start, first, generation) {
                     data = others;
                     pages.start += 1;
@@ -479,65 +505,69 @@ impl Service {
         true
     }
 
-    /// Pages could not be had: they are tried again, or whoever waits for them is told in the only way there is.
-    fn retry_later(&self, pages: Range<u64>, pause: Duration, give_up: Option<Instant>) {
+    /// Pages could not be had: they are to be tried again, or whoever waits for them is told in the only way there is.
+    fn retry(
+        &self,
+        pages: Range<u64>,
+        why: Problem,
+        since: Instant,
+        pause: Duration,
+    ) -> Option<Retry> {
+        let error = match why {
+            Problem::Gone => {
+                // Nothing is to be served there any more: the kernel knows better what there is.
+                self.pager.wake(&pages);
+                return None;
+            }
+            Problem::Changing => return Some(Retry::soon(pages, since)),
+            Problem::Storage(error) => error,
+        };
         let now = Instant::now();
-        let give_up = match self.failure {
-            Failure::Wait => None,
-            Failure::Poison { after } => give_up.or_else(|| now.checked_add(after)),
+        let gives_up = match self.failure {
+            Failure::Wait => false,
+            Failure::Poison { after } => now.saturating_duration_since(since) >= after,
         };
         // A kernel that cannot poison leaves them waiting: no bytes are better than wrong ones.
-        if give_up.is_some_and(|give_up| give_up <= now)
-            && self.pager.poison(&pages).unwrap_or(false)
-        {
-            return;
+        if gives_up && self.pager.poison(&pages).unwrap_or(false) {
+            *locked(&self.poisoned) = Some(error.to_string());
+            return None;
         }
-        locked(&self.retries).push(Retry {
+        Some(Retry {
             pages,
             at: now + pause,
             pause,
-            give_up,
-        });
-    }
-
-    /// Pages could not be installed before events are read, which any thread does before it tries again.
-    fn retry_soon(&self, pages: Range<u64>, give_up: Option<Instant>) {
-        locked(&self.retries).push(Retry {
-            pages,
-            at: Instant::now() + SOON,
-            pause: FIRST_PAUSE,
-            give_up,
-        });
+            since,
+            error: Some(error.to_string()),
+        })
     }
 
     fn try_again(&self, buffer: &mut Vec<u8>) {
-        loop {
-            let due = {
-                let mut retries = locked(&self.retries);
-                if retries.is_empty() {
-                    return;
+        while let Some((number, retry)) = self.retries.take_due() {
+            let again = match self.fetch_now(&retry.pages, buffer) {
+                Ok(()) => {
+                    self.is_there(&retry.pages, retry.since);
+                    None
                 }
-                let now = Instant::now();
-                let due = retries.iter().position(|retry| retry.at <= now);
-                due.map(|due| retries.swap_remove(due))
-            };
-            let Some(retry) = due else { return };
-            match self.fetch_now(&retry.pages, buffer) {
-                Ok(()) | Err(Problem::Gone) => {}
-                Err(Problem::Storage(_)) => {
+                Err(why) => {
                     let pause = (retry.pause * 2).min(LONGEST_PAUSE);
-                    self.retry_later(retry.pages, pause, retry.give_up);
+                    self.retry(retry.pages, why, retry.since, pause)
                 }
-                Err(Problem::Changing) => self.retry_soon(retry.pages, retry.give_up),
-            }
+            };
+            self.retries.tried(number, again);
         }
     }
 
-    fn until_next_retry(&self) -> Option<Timespec> {
-        let next = locked(&self.retries).iter().map(|retry| retry.at).min()?;
-        let left = next.saturating_duration_since(Instant::now());
-        // Not before its time: rounded up to what the kernel counts in.
-        Timespec::try_from(left + Duration::from_millis(1)).ok()
+    /// Why pages were poisoned the last time, if any were.
+    pub(super) fn why_poisoned(&self) -> Option<String> {
+        locked(&self.poisoned).clone()
+    }
+
+    /// Since when the one waits that has waited for the longest time.
+    pub(super) fn oldest(&self) -> Option<Instant> {
+        let queued = locked(&self.queue).front().map(|&(_, since)| since);
+        let served = locked(&self.serving).iter().copied().min();
+        let retried = self.retries.waiting().map(|waiting| waiting.since);
+        [queued, served, retried].into_iter().flatten().min()
     }
 
     fn stop(&self) {
@@ -582,8 +612,8 @@ impl Ahead {
 }
 
 /// Runs of neighbours of sorted pages, none longer than one read.
-fn runs_of(pages: &[u64]) -> impl Iterator<Item = Range<u64>> {
-    joined(pages.iter().copied()).flat_map(cut)
+fn runs_of(pages: &[u64], longest: u64) -> impl Iterator<Item = Range<u64>> {
+    joined(pages.iter().copied()).flat_map(move |pages| cut_by(pages, longest))
 }
 
 /// Joins pages that follow each other.
@@ -612,7 +642,7 @@ mod tests {
 
     #[test]
     fn neighbours_are_one_run_and_long_runs_are_cut() {
-        let runs = |pages: &[u64]| runs_of(pages).collect::<Vec<_>>();
+        let runs = |pages: &[u64]| runs_of(pages, 256).collect::<Vec<_>>();
         assert_eq!(runs(&[]), []);
         assert_eq!(runs(&[3, 4, 5, 7, 9, 10]), [3..6, 7..8, 9..11]);
         let pages: Vec<u64> = (0..300).collect();

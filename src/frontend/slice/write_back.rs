@@ -235,7 +235,11 @@ fn batches_of(run: ChunkRun) -> impl Iterator<Item = Range<u64>> {
 
 /// Cuts `pages` into batches of [`LARGEST`].
 pub(super) fn cut(pages: Range<u64>) -> impl Iterator<Item = Range<u64>> {
-    let step = LARGEST / page_size();
+    cut_by(pages, LARGEST / page_size())
+}
+
+/// Cuts `pages` into batches of `step`.
+pub(super) fn cut_by(pages: Range<u64>, step: u64) -> impl Iterator<Item = Range<u64>> {
     let end = pages.end;
     (pages.start..end)
         .step_by(usize::try_from(step).expect("a few hundred"))

@@ -1,5 +1,6 @@
 //! Fetching in the background: a few threads, each with a large piece under way.
 
+use std::fmt::Debug;
 use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -10,7 +11,7 @@ use super::super::options::{Hooks, ManagedOptions, Priority};
 use super::schedule::{Next, Schedule, in_order};
 use super::streams::Streams;
 use super::window::{Sent, WORKERS, Window};
-use crate::chunk::{ChunkIndex, ChunkRun, ChunkState, Claim, Listener, Storage, Synced};
+use crate::chunk::{ChunkIndex, ChunkRun, ChunkState, Claim, Listener, Residency, Storage, Synced};
 
 /// How long to wait after a failure, at first and at most; it doubles with every further one.
 const SOONEST: Duration = Duration::from_millis(50);
@@ -18,17 +19,89 @@ const LATEST: Duration = Duration::from_secs(5);
 /// So many failures without a success in between are the link's, not those of single chunks.
 const OF_THE_LINK: u32 = 3;
 /// What is fetched around a place that was read: programs stay near.
-const NEARBY: u64 = 1 << 20;
+pub(in crate::mount) const NEARBY: u64 = 1 << 20;
 /// How long a thread sleeps that nobody wakes.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// How much of the region is looked through for holes at once.
 const LOOK: u64 = 1 << 30;
 
+/// What is filled in the background.
+pub(in crate::mount) trait Filled: Debug + Send + Sync {
+    /// Which of its chunks are there, or being fetched.
+    fn residency(&self) -> &Residency;
+
+    /// How many bytes there are.
+    fn bytes(&self) -> u64;
+
+    /// The size of a chunk.
+    fn chunk_bytes(&self) -> u64;
+
+    /// Fetches what was claimed, for nobody who waits. `buf` may be any.
+    ///
+    /// # Errors
+    /// What those say from whom it comes, and to whom; the chunks are remote again then.
+    fn fetch(&self, claim: Claim<'_>, buf: &mut Vec<u8>) -> io::Result<()>;
+
+    /// Makes what was claimed zeros without fetching it.
+    ///
+    /// # Errors
+    /// As [`fetch`](Self::fetch).
+    fn fetch_zeros(&self, claim: Claim<'_>) -> io::Result<()>;
+
+    /// The ranges of `within` that may be anything but zeros, in order.
+    ///
+    /// # Errors
+    /// What those say from whom it comes.
+    fn data_ranges(&self, within: Range<u64>) -> io::Result<Vec<Range<u64>>>;
+
+    /// The bytes of a run of chunks; the last chunk may be short.
+    fn bytes_of(&self, run: ChunkRun) -> Range<u64> {
+        let size = self.chunk_bytes();
+        run.start.0 * size..(run.end() * size).min(self.bytes())
+    }
+
+    /// The chunks that `range` touches.
+    fn touched(&self, range: &Range<u64>) -> ChunkRun {
+        if range.is_empty() {
+            return ChunkRun::new(0, 0);
+        }
+        let size = self.chunk_bytes();
+        let first = range.start / size;
+        ChunkRun::new(first, range.end.div_ceil(size) - first)
+    }
+}
+
+impl Filled for Synced {
+    fn residency(&self) -> &Residency {
+        self.residency()
+    }
+
+    fn bytes(&self) -> u64 {
+        self.len()
+    }
+
+    fn chunk_bytes(&self) -> u64 {
+        self.chunk_size().bytes().into()
+    }
+
+    fn fetch(&self, claim: Claim<'_>, buf: &mut Vec<u8>) -> io::Result<()> {
+        self.fetch(claim, buf)
+    }
+
+    fn fetch_zeros(&self, claim: Claim<'_>) -> io::Result<()> {
+        self.fetch_zeros(claim)
+    }
+
+    fn data_ranges(&self, within: Range<u64>) -> io::Result<Vec<Range<u64>>> {
+        self.remote().data_ranges(within)
+    }
+}
+
 /// What is fetched in the background, and how it goes.
 ///
 /// It knows no storage, so that a storage may report to it.
 #[derive(Debug)]
-pub(super) struct Pulls {
+pub(in crate::mount) struct Pulls {
     state: Mutex<State>,
     /// There may be something to do, or it has ended.
     work: Condvar,
@@ -62,16 +135,16 @@ struct State {
 
 /// How pulling goes.
 #[derive(Debug)]
-pub(super) struct PullProgress {
-    pub(super) in_flight: u64,
-    pub(super) requests: u64,
-    pub(super) rate: f64,
-    pub(super) window: u64,
-    pub(super) last_error: Option<String>,
+pub(in crate::mount) struct PullProgress {
+    pub(in crate::mount) in_flight: u64,
+    pub(in crate::mount) requests: u64,
+    pub(in crate::mount) rate: f64,
+    pub(in crate::mount) window: u64,
+    pub(in crate::mount) last_error: Option<String>,
 }
 
 impl Pulls {
-    pub(super) fn new(options: &ManagedOptions) -> Arc<Self> {
+    pub(in crate::mount) fn new(options: &ManagedOptions) -> Arc<Self> {
         Arc::new(Self {
             state: Mutex::new(State {
                 schedule: Schedule::new(),
@@ -99,28 +172,33 @@ impl Pulls {
     }
 
     /// Begins, if there is anything to do. The threads end by themselves after [`end`](Self::end).
-    pub(super) fn start(self: &Arc<Self>, synced: &Arc<Synced>) -> io::Result<()> {
+    pub(in crate::mount) fn start(self: &Arc<Self>, filled: &Arc<dyn Filled>) -> io::Result<()> {
         if self.pulls_all {
-            let (pulls, scouted) = (Arc::clone(self), Arc::clone(synced));
-            spawn("memferry-holes", move || pulls.skip_holes(&scouted))?;
+            let (pulls, scouted) = (Arc::clone(self), Arc::clone(filled));
+            spawn("memferry-holes", move || pulls.skip_holes(&*scouted))?;
         }
         if self.pulls_all || self.reads_ahead {
             self.state().workers = 1;
-            let (pulls, synced) = (Arc::clone(self), Arc::clone(synced));
-            spawn("memferry-pull", move || pulls.begin(&synced)).inspect_err(|_| self.end())?;
+            let (pulls, filled) = (Arc::clone(self), Arc::clone(filled));
+            spawn("memferry-pull", move || pulls.begin(&filled)).inspect_err(|_| self.end())?;
         }
         Ok(())
     }
 
+    /// Whether everything is to be fetched.
+    pub(in crate::mount) fn pulls_all(&self) -> bool {
+        self.pulls_all
+    }
+
     /// Nothing more is fetched in the background; what is under way ends by itself.
-    pub(super) fn end(&self) {
+    pub(in crate::mount) fn end(&self) {
         self.state().ended = true;
         self.work.notify_all();
         self.done.notify_all();
     }
 
     /// Waits until all is here, as long as something comes.
-    pub(super) fn wait_for_all(&self, patience: Duration) -> io::Result<()> {
+    pub(in crate::mount) fn wait_for_all(&self, patience: Duration) -> io::Result<()> {
         let mut state = self.state();
         let (mut came, mut since) = (state.came, Instant::now());
         while !state.complete {
@@ -141,7 +219,7 @@ impl Pulls {
     }
 
     /// Somebody reads `range`; `missed` if not all of it was here.
-    pub(super) fn read(&self, synced: &Synced, range: &Range<u64>, missed: bool) {
+    pub(in crate::mount) fn read(&self, filled: &dyn Filled, range: &Range<u64>, missed: bool) {
         let near = missed && self.pulls_all;
         if !self.reads_ahead && !near {
             return;
@@ -153,7 +231,7 @@ impl Pulls {
         if state.complete || state.ended {
             return;
         }
-        let end = synced.len();
+        let end = filled.bytes();
         let mut fetch = Vec::new();
         if self.reads_ahead {
             state.streams.read(range, end, &mut fetch);
@@ -162,10 +240,10 @@ impl Pulls {
         if near {
             let start = range.start - range.start % NEARBY;
             let around = start.min(end)..start.saturating_add(NEARBY).min(end);
-            state.schedule.come_near(synced.chunks_touched(&around));
+            state.schedule.come_near(filled.touched(&around));
         }
         for range in &fetch {
-            let run = synced.chunks_touched(&(range.start.min(end)..range.end.min(end)));
+            let run = filled.touched(&(range.start.min(end)..range.end.min(end)));
             state.schedule.expect(run);
         }
         if (near || !fetch.is_empty()) && state.idle > 0 {
@@ -173,7 +251,22 @@ impl Pulls {
         }
     }
 
-    pub(super) fn progress(&self) -> PullProgress {
+    /// Somebody waited for a chunk among these, and may want the others.
+    pub(in crate::mount) fn come_near(&self, around: ChunkRun) {
+        // A hint is not worth waiting for.
+        let Ok(mut state) = self.state.try_lock() else {
+            return;
+        };
+        if !self.pulls_all || state.complete || state.ended {
+            return;
+        }
+        state.schedule.come_near(around);
+        if state.idle > 0 {
+            self.work.notify_one();
+        }
+    }
+
+    pub(in crate::mount) fn progress(&self) -> PullProgress {
         let state = self.state();
         PullProgress {
             in_flight: state.in_flight,
@@ -188,16 +281,16 @@ impl Pulls {
         }
     }
 
-    fn begin(self: &Arc<Self>, synced: &Arc<Synced>) {
+    fn begin(self: &Arc<Self>, filled: &Arc<dyn Filled>) {
         if self.pulls_all {
-            let order = in_order(synced.residency().chunks(), self.priority.as_ref());
+            let order = in_order(filled.residency().chunks(), self.priority.as_ref());
             self.state().schedule.pull_all(order);
         }
-        self.work(synced);
+        self.work(filled);
     }
 
     /// One of the threads.
-    fn work(self: &Arc<Self>, synced: &Arc<Synced>) {
+    fn work(self: &Arc<Self>, filled: &Arc<dyn Filled>) {
         let mut buf = Vec::new();
         let mut state = self.state();
         loop {
@@ -215,10 +308,10 @@ impl Pulls {
                 state = self.rest(state, None);
                 continue;
             }
-            let longest = (batch / u64::from(synced.chunk_size().bytes())).max(1);
-            match state.schedule.next(synced.residency(), longest) {
+            let longest = (batch / filled.chunk_bytes()).max(1);
+            match state.schedule.next(filled.residency(), longest) {
                 Next::Fetch(claim) => {
-                    state = self.fetch(state, synced, claim, &mut buf);
+                    state = self.fetch(state, filled, claim, &mut buf);
                 }
                 Next::Again => {
                     let single = state.came != state.came_before;
@@ -246,22 +339,22 @@ impl Pulls {
     fn fetch<'a>(
         self: &'a Arc<Self>,
         mut state: MutexGuard<'a, State>,
-        synced: &Arc<Synced>,
+        filled: &Arc<dyn Filled>,
         claim: Claim<'_>,
         buf: &mut Vec<u8>,
     ) -> MutexGuard<'a, State> {
-        let range = synced.bytes_of(claim.run());
+        let range = filled.bytes_of(claim.run());
         let bytes = range.end - range.start;
         state.in_flight += bytes;
         state.requests += 1;
         let sent = state.window.sent(Instant::now());
         let help = state.in_flight + state.window.batch() <= state.window.bytes();
-        let help = help && self.call_help(&mut state, synced);
+        let help = help && self.call_help(&mut state, filled);
         drop(state);
         if help {
             self.work.notify_one();
         }
-        let fetched = synced.fetch(claim, buf);
+        let fetched = filled.fetch(claim, buf);
         let mut state = self.state();
         state.in_flight -= bytes;
         state.requests -= 1;
@@ -270,14 +363,14 @@ impl Pulls {
     }
 
     /// There is room for another request: makes one more thread if none is idle, or says that one is to be woken.
-    fn call_help(self: &Arc<Self>, state: &mut State, synced: &Arc<Synced>) -> bool {
+    fn call_help(self: &Arc<Self>, state: &mut State, filled: &Arc<dyn Filled>) -> bool {
         if state.idle > 0 {
             return true;
         }
         if state.workers < WORKERS && !state.complete {
-            let (pulls, synced) = (Arc::clone(self), Arc::clone(synced));
+            let (pulls, filled) = (Arc::clone(self), Arc::clone(filled));
             // Without it there is less under way, and that is all.
-            if spawn("memferry-pull", move || pulls.work(&synced)).is_ok() {
+            if spawn("memferry-pull", move || pulls.work(&filled)).is_ok() {
                 state.workers += 1;
             }
         }
@@ -296,14 +389,14 @@ impl Pulls {
     }
 
     /// Makes what is a hole at the remote end a hole here, instead of fetching zeros.
-    fn skip_holes(&self, synced: &Synced) {
-        let residency = synced.residency();
-        let len = synced.len();
+    fn skip_holes(&self, filled: &dyn Filled) {
+        let residency = filled.residency();
+        let len = filled.bytes();
         let mut next = 0;
         while next < len && !self.state().ended {
             let within = next..len.min(next + LOOK);
             // Whatever is wrong there, those who fetch will find it.
-            let Ok(data) = synced.remote().data_ranges(within.clone()) else {
+            let Ok(data) = filled.data_ranges(within.clone()) else {
                 return;
             };
             let ends = data.iter().map(|range| range.end);
@@ -312,7 +405,7 @@ impl Pulls {
                 .chain(ends)
                 .zip(starts.chain([within.end]));
             for (start, end) in holes.filter(|(start, end)| start < end) {
-                let size = u64::from(synced.chunk_size().bytes());
+                let size = filled.chunk_bytes();
                 let (first, last) = (
                     start.div_ceil(size),
                     if end == len {
@@ -326,7 +419,7 @@ impl Pulls {
                     let Some(claim) = residency.claim(hole, u64::MAX) else {
                         break;
                     };
-                    if synced.fetch_zeros(claim).is_err() {
+                    if filled.fetch_zeros(claim).is_err() {
                         return;
                     }
                     self.state().came += 1;
