@@ -12,4 +12,5 @@ mod slice;
 #[cfg(feature = "fuse")]
 mod storages;
 mod trackers;
+mod uffd_handler;
 mod victim;

@@ -175,6 +175,9 @@ extern "C" fn instead_of_main() {
     if let Ok(role) = std::env::var(crate::slice::ROLE) {
         crate::slice::play(&role);
     }
+    if let Ok(what) = std::env::var(crate::uffd_handler::ROLE) {
+        crate::uffd_handler::be_a_vmm(&what);
+    }
     #[cfg(feature = "fuse")]
     if let Some(at) = std::env::var_os(crate::fuse::MOUNT_AT) {
         crate::fuse::serve_until_killed(at.as_ref());

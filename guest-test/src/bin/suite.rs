@@ -6,8 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
-use guest_test::lab;
-use guest_test::lab::targets::{self, Tests};
+use guest_test::lab::{self, targets};
 use guest_test::{command, image, packages};
 
 /// Runs every check and test that this machine can run.
@@ -184,15 +183,16 @@ fn steps() -> Vec<Step> {
             // A child that one test forks holds, until it is another program, the files that another test would unmount.
             Ok(vec![cargo(&[&test[..], &one_at_a_time, &rest].concat())])
         }),
-        step("privileged tests of the integration with VMMs", |_| {
+        step("a guest's memory on a mounted file", |machine| {
+            machine.test("mapped")?;
             may_trace()?;
-            ignored_tests("privileged: ", |tests| {
-                tests.directory.ends_with("vmm-integration")
-            })
+            let test = ["test", "-p", "vmm-integration", "--test", "mapped"];
+            let file = ["--", "--include-ignored", "on_a_mapped_file"];
+            Ok(vec![cargo(&[&test[..], &file].concat())])
         }),
         step("guests of KVM", |_| {
             may_use_kvm()?;
-            ignored_tests("kvm: ", |_| true)
+            kvm_tests()
         }),
         step("guest tests", |machine| {
             machine.test("guest")?;
@@ -274,12 +274,12 @@ fn unit_tests(reason: &str) -> Result<Vec<Command>, String> {
     Ok(vec![command])
 }
 
-/// The tests of those programs, of the workspace's, that are ignored for a reason that begins so.
-fn ignored_tests(reason: &str, of: impl Fn(&Tests) -> bool) -> Result<Vec<Command>, String> {
+/// All tests of the workspace that run a guest on KVM themselves.
+fn kvm_tests() -> Result<Vec<Command>, String> {
     let built = targets::build_all(&[]).map_err(|reason| format!("{reason:#}"))?;
     let mut commands = Vec::new();
-    for tests in built.into_iter().filter(of) {
-        let names = tests.ignored_for(|of_test| of_test.starts_with(reason));
+    for tests in built {
+        let names = tests.ignored_for(|of_test| of_test.starts_with("kvm: "));
         let names = names.map_err(|reason| format!("{reason:#}"))?;
         if !names.is_empty() {
             let mut command = Command::new(&tests.program);

@@ -15,6 +15,7 @@ use crate::device::Device;
 use crate::list::List;
 use crate::mount::Mount;
 use crate::serve::Serve;
+use crate::uffd_handler::UffdHandler;
 
 /// Ferries the memory of running virtual machines between Linux hosts while they run.
 #[derive(Debug, Parser)]
@@ -33,6 +34,11 @@ pub(crate) enum Command {
     Serve(Serve),
     /// Mount a region of a server of network block devices as a file or a block device
     Mount(Box<Mount>),
+    /// Serve the memory of a Firecracker snapshot to a microVM that is restored from it
+    UffdHandler(Box<UffdHandler>),
+    /// Ends a VMM whose handler has died; started by that
+    #[command(hide = true)]
+    UffdWatch,
     /// Look at the network block devices of this machine, and free those that were left behind
     #[cfg(feature = "nbd-device")]
     #[command(subcommand)]

@@ -8,6 +8,7 @@ use serde_json::json;
 
 use crate::mount::{Lost, Unsaved};
 use crate::output::{say, warn};
+use crate::uffd_handler::Deprived;
 
 /// The two copies of the memory are not the same.
 #[derive(Debug, thiserror::Error)]
@@ -82,6 +83,7 @@ fn code(error: &anyhow::Error) -> u8 {
         ) => 3,
         _ if error.is::<Ended>() || error.is::<Unflushed>() => 3,
         _ if error.is::<Unsaved>() || error.is::<Lost>() => 3,
+        _ if error.is::<Deprived>() => 3,
         _ if error.is::<Different>() => 4,
         _ => 1,
     }

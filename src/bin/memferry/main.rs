@@ -2,6 +2,7 @@
 
 mod args;
 mod bench;
+mod cache;
 #[cfg(feature = "nbd-device")]
 mod device;
 mod exit;
@@ -9,8 +10,11 @@ mod list;
 mod mount;
 mod output;
 mod qemu;
+mod remote;
 mod serve;
 mod signals;
+mod socket;
+mod uffd_handler;
 
 use clap::Parser;
 
@@ -32,6 +36,11 @@ fn main() -> std::process::ExitCode {
         Command::Serve(serve) => (serve.json, serve::run(&serve, Output::new(serve.json))),
         Command::List(list) => (list.json, list::run(&list, Output::new(list.json))),
         Command::Mount(mount) => (mount.json, mount::run(&mount, Output::new(mount.json))),
+        Command::UffdHandler(handler) => (
+            handler.json,
+            uffd_handler::run(&handler, Output::new(handler.json)),
+        ),
+        Command::UffdWatch => (false, uffd_handler::watch()),
         #[cfg(feature = "nbd-device")]
         Command::Device(device) => (
             device.json(),

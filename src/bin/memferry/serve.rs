@@ -3,8 +3,6 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -22,6 +20,7 @@ use serde_json::json;
 use crate::exit::Unflushed;
 use crate::output::Output;
 use crate::signals::stop_on_signal;
+use crate::socket::{self, Remove};
 
 /// How long clients have for answers to what they have asked for, once the server is told to end.
 const DRAIN: Duration = Duration::from_secs(10);
@@ -271,15 +270,6 @@ fn tls(args: &Serve) -> anyhow::Result<Tls> {
 /// The sockets that were made, to be removed at the end.
 type Sockets = Vec<Remove>;
 
-struct Remove(PathBuf);
-
-impl Drop for Remove {
-    fn drop(&mut self) {
-        // Somebody may have removed it.
-        let _ = std::fs::remove_file(&self.0);
-    }
-}
-
 fn listen(
     args: &Serve,
     address: &Address,
@@ -299,26 +289,13 @@ fn listen(
             (Listener::Tcp(listener), url)
         }
         Address::Unix(path) => {
-            let listener = bind_unix(path)?;
+            let listener = socket::bind(path)?;
             sockets.push(Remove(path.clone()));
             let whole = std::path::absolute(path)?;
             (Listener::Unix(listener), NbdUrl::unix(whole, &args.name)?)
         }
     };
     Ok((listener, url.with_tls(args.tls_cert.is_some())))
-}
-
-fn bind_unix(path: &Path) -> io::Result<UnixListener> {
-    let is_socket =
-        std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket());
-    // One that a server which was killed has left behind.
-    if is_socket
-        && UnixStream::connect(path)
-            .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
-    {
-        std::fs::remove_file(path)?;
-    }
-    UnixListener::bind(path)
 }
 
 fn shown(address: &Address) -> String {

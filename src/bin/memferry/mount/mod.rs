@@ -20,7 +20,9 @@ use memferry::backend::nbd::NbdUrl;
 use memferry::chunk::ChunkSize;
 use serde_json::json;
 
+use crate::cache::Cache;
 use crate::output::Output;
+use crate::remote::RemoteArgs;
 use crate::serve::chunk_size;
 use crate::signals::stop_on_signal;
 use ending::Ending;
@@ -65,7 +67,7 @@ pub(crate) struct Mount {
     direct: bool,
     /// Where to keep what is here: `memory`, a file that is made for it, or a folder to make one in
     #[arg(long, value_name = "WHERE", default_value = "memory")]
-    cache: region::Cache,
+    cache: Cache,
     /// The unit of what is here or not, a power of two from 4 KiB to 4 MiB
     #[arg(long, value_name = "SIZE", default_value = "4KiB", value_parser = chunk_size)]
     chunk_size: ChunkSize,
@@ -84,27 +86,14 @@ pub(crate) struct Mount {
     /// The most bytes under way at once in the background; without it, what the link needs, or 8 MiB for each large read of a direct mount
     #[arg(long, value_name = "SIZE")]
     window: Option<ByteSize>,
-    /// How many connections carry large reads and writes, if the server can be spoken to over several
-    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=64))]
-    connections: u8,
+    #[command(flatten)]
+    remote: RemoteArgs,
     /// How long the server may take to answer; then whoever waits gets an input/output error
     #[arg(long, value_name = "TIME", default_value = "20s", value_parser = humantime::parse_duration)]
     deadline: Duration,
     /// Take a server that knows no flush for one that needs none
     #[arg(long)]
     assume_durable: bool,
-    /// PEM file with certificates one of which has to vouch for the server, for nbds:// URLs
-    #[arg(long, value_name = "FILE")]
-    tls_ca: Option<PathBuf>,
-    /// PEM file with this client's certificate
-    #[arg(long, value_name = "FILE", requires = "tls_key")]
-    tls_cert: Option<PathBuf>,
-    /// PEM file with the certificate's key
-    #[arg(long, value_name = "FILE", requires = "tls_cert")]
-    tls_key: Option<PathBuf>,
-    /// The name in the server's certificate, if it is not the host of the URL
-    #[arg(long, value_name = "NAME")]
-    tls_name: Option<String>,
     /// One JSON event a line on standard output
     #[arg(long)]
     pub(crate) json: bool,

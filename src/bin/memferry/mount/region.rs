@@ -1,40 +1,19 @@
 //! What is mounted: the remote end, and what is kept here of it.
 
-use std::fs::OpenOptions;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use memferry::backend::nbd::{DoubtfulWrites, Remote, RemoteOptions, TlsOptions};
-use memferry::backend::{FileStorage, MemoryStorage};
+use memferry::backend::nbd::{DoubtfulWrites, Remote, RemoteOptions};
 use memferry::chunk::Storage;
 use memferry::mount::{CloseError, Managed, ManagedOptions, MountProgress, Push};
 
 use super::Mount;
 use super::place::Failures;
-
-/// Where what is here is kept.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Cache {
-    Memory,
-    Path(PathBuf),
-}
-
-impl FromStr for Cache {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "" => Err("write `memory`, or a path".to_owned()),
-            "memory" => Ok(Self::Memory),
-            path => Ok(Self::Path(path.into())),
-        }
-    }
-}
+use crate::cache::CacheFile;
 
 /// A remote region, as it is shown here.
 pub(super) struct Region {
@@ -43,34 +22,12 @@ pub(super) struct Region {
     file: Option<CacheFile>,
 }
 
-/// A file that is removed when it is not needed any more.
-struct CacheFile {
-    path: PathBuf,
-    keep: std::sync::atomic::AtomicBool,
-}
-
-impl Drop for CacheFile {
-    fn drop(&mut self) {
-        if !*self.keep.get_mut() {
-            // Somebody may have removed it.
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
-}
-
 impl Region {
     pub(super) fn open(args: &Mount) -> anyhow::Result<Self> {
         let mut options = RemoteOptions {
-            deadline: args.deadline,
-            connections: usize::from(args.connections),
             read_only: args.read_only,
             assume_durable: args.assume_durable,
-            tls: TlsOptions {
-                authorities: args.tls_ca.clone(),
-                certificate: args.tls_cert.clone().zip(args.tls_key.clone()),
-                name: args.tls_name.clone(),
-            },
-            ..RemoteOptions::default()
+            ..args.remote.options(args.deadline)
         };
         let window = args.window.map(|window| window.as_u64());
         if let Some(window) = window {
@@ -89,7 +46,7 @@ impl Region {
                 file: None,
             });
         }
-        let (local, file) = local(&args.cache, remote.len())?;
+        let (local, file) = args.cache.open(remote.len())?;
         let push = match args.push_interval {
             Duration::ZERO => Push::OnFlush,
             interval => Push::Every(interval),
@@ -201,10 +158,7 @@ impl Region {
     /// Keeps the file that has what was not saved.
     fn keep(&self, error: &CloseError) -> Option<PathBuf> {
         let file = self.file.as_ref()?;
-        matches!(error, CloseError::Lost { .. }).then(|| {
-            file.keep.store(true, std::sync::atomic::Ordering::Relaxed);
-            file.path.clone()
-        })
+        matches!(error, CloseError::Lost { .. }).then(|| file.keep().to_owned())
     }
 }
 
@@ -234,30 +188,4 @@ fn patience(args: &Mount) -> Duration {
 
 fn lost(why: Option<anyhow::Error>) -> anyhow::Result<()> {
     why.map_or(Ok(()), |why| Err(Lost(io::Error::other(why)).into()))
-}
-
-fn local(cache: &Cache, len: u64) -> anyhow::Result<(Arc<dyn Storage>, Option<CacheFile>)> {
-    let Cache::Path(path) = cache else {
-        return Ok((Arc::new(MemoryStorage::new(len)), None));
-    };
-    let path = if path.is_dir() {
-        path.join(format!("memferry-cache-{}", std::process::id()))
-    } else {
-        path.clone()
-    };
-    let make = || {
-        // What an earlier mount has left there may be all that is left of something.
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .open(&path)?;
-        let cleanup = CacheFile {
-            path: path.clone(),
-            keep: false.into(),
-        };
-        file.set_len(len)?;
-        Ok::<_, io::Error>((Arc::new(FileStorage::new(file)?) as _, Some(cleanup)))
-    };
-    make().with_context(|| format!("cannot make the cache file {}", path.display()))
 }
