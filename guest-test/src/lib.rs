@@ -24,3 +24,4 @@ pub mod qemu;
 pub mod qmp;
 pub mod serial;
 pub mod ticks;
+pub mod tiny;
