@@ -24,6 +24,7 @@ mod pages;
 mod sys;
 mod throttle;
 mod vmm;
+mod withheld;
 
 pub use bitmap::{VmmWrites, VmmWritesError, WrittenPages};
 pub use guest_memory::{GuestRam, GuestRamError};

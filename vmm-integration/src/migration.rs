@@ -18,6 +18,7 @@ use crate::guest_memory::{GuestRam, GuestRamError};
 use crate::memory::{ArrivingRam, Layout, Unchanged, describe, layout};
 use crate::throttle::{AutoConverge, Round};
 use crate::vmm::{Coming, Leaving, Vmm};
+use crate::withheld::Withheld;
 
 /// Slows the guest's vCPUs down, as the policy says; called when that changes, from a thread of the migration.
 type Throttling = Box<dyn FnMut(&AutoConverge) + Send>;
@@ -60,6 +61,7 @@ pub struct Departure<M> {
     trackers: Vec<Arc<dyn DirtyTracker>>,
     space: Option<Layout>,
     mapped_shared: bool,
+    withheld: bool,
     options: SeedOptions,
     throttling: Option<Throttling>,
     progress: Option<Sender<Progress>>,
@@ -81,6 +83,7 @@ impl<M: GuestMemoryBackend + Send + Sync + 'static> Departure<M> {
             trackers,
             space: None,
             mapped_shared: false,
+            withheld: false,
             options: SeedOptions::default(),
             throttling: None,
             progress: None,
@@ -126,6 +129,14 @@ impl<M: GuestMemoryBackend + Send + Sync + 'static> Departure<M> {
         self
     }
 
+    /// Post-copy at once: nothing is copied before the guest runs at the destination. It leaves the source as soon as can be, and has to
+    /// wait for every page that it touches.
+    #[must_use]
+    pub fn at_once(mut self) -> Self {
+        self.withheld = true;
+        self
+    }
+
     /// Without post-copy, a guest that writes faster than the link moves is slowed down until its migration can end. `throttling` is
     /// given the policy when a round has changed it, and one that slows nothing down when the migration is over, however it went.
     #[must_use]
@@ -152,7 +163,10 @@ impl<M: GuestMemoryBackend + Send + Sync + 'static> Departure<M> {
     ///
     /// # Errors
     /// [`SeedError`] says what runs where. After all but [`SeedError::Aborted`] and [`SeedError::Stuck`] the guest must not run here again.
-    pub fn run(self, session: &Session, vmm: &mut dyn Vmm) -> Result<SeedOutcome, SeedError> {
+    pub fn run(mut self, session: &Session, vmm: &mut dyn Vmm) -> Result<SeedOutcome, SeedError> {
+        if self.withheld {
+            self.options.budget.post_copy = PostCopy::Always;
+        }
         let regions = self.regions();
         let mut leaving = Leaving {
             vmm,
@@ -188,21 +202,26 @@ impl<M: GuestMemoryBackend + Send + Sync + 'static> Departure<M> {
     fn regions(&self) -> Vec<SourceRegion> {
         let rams = GuestRam::regions(&self.memory).into_iter();
         let regions = rams.zip(&self.trackers).enumerate();
+        let regions = regions.map(|(index, (ram, tracker))| SourceRegion {
+            name: region_name(index),
+            tracker: match &self.space {
+                // The space is asked once a round, beside the first region.
+                Some(space) if index == 0 => {
+                    let chunks = self.options.chunk_size.chunks_in(ram.len());
+                    let unchanged = Unchanged::new(Arc::clone(space), chunks);
+                    Arc::new(Union(Arc::clone(tracker), unchanged))
+                }
+                _ => Arc::clone(tracker),
+            },
+            storage: Arc::new(self.with_holes(ram)),
+            late: None,
+        });
+        if !self.withheld {
+            return regions.collect();
+        }
+        let chunk_size = self.options.chunk_size;
         regions
-            .map(|(index, (ram, tracker))| SourceRegion {
-                name: region_name(index),
-                tracker: match &self.space {
-                    // The space is asked once a round, beside the first region.
-                    Some(space) if index == 0 => {
-                        let chunks = self.options.chunk_size.chunks_in(ram.len());
-                        let unchanged = Unchanged::new(Arc::clone(space), chunks);
-                        Arc::new(Union(Arc::clone(tracker), unchanged))
-                    }
-                    _ => Arc::clone(tracker),
-                },
-                storage: Arc::new(self.with_holes(ram)),
-                late: None,
-            })
+            .map(|region| Withheld::of(region, chunk_size))
             .collect()
     }
 
