@@ -62,6 +62,8 @@ const QUESTION_LIMIT: Duration = Duration::from_secs(60);
 const INSTALL_LIMIT: Duration = Duration::from_secs(1200);
 /// A target without an operating system: what compiles for it does no input or output.
 const BARE: &str = "x86_64-unknown-none";
+/// What is left out unless asked for, because a library's user does not need it.
+const ALL: [&str; 2] = ["--features", "vmm-integration/minivmm"];
 
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
@@ -101,7 +103,7 @@ fn steps() -> Vec<Step> {
         step("lint", |_| {
             let deny = ["--", "-D", "warnings"];
             Ok(vec![
-                cargo(&[&["clippy", "--workspace", "--all-targets"][..], &deny].concat()),
+                cargo(&[&["clippy", "--workspace", "--all-targets"], &ALL[..], &deny].concat()),
                 guests(cargo(&[&["clippy"][..], &deny].concat())),
             ])
         }),
@@ -149,21 +151,18 @@ fn steps() -> Vec<Step> {
             ])])
         }),
         step("documentation", |_| {
-            let mut doc = cargo(&[
-                "doc",
-                "--workspace",
-                "--no-deps",
-                "--document-private-items",
-            ]);
+            let private = ["--no-deps", "--document-private-items"];
+            let mut doc = cargo(&[&["doc", "--workspace"], &ALL[..], &private].concat());
             doc.env("RUSTDOCFLAGS", "-D warnings");
             Ok(vec![doc])
         }),
         step("tests", |_| {
             let nextest = command::find("cargo-nextest").is_some();
             Ok(vec![if nextest {
-                cargo(&["nextest", "run", "--workspace"])
+                cargo(&[&["nextest", "run", "--workspace"], &ALL[..]].concat())
             } else {
-                cargo(&["test", "--workspace", "--lib", "--bins", "--tests"])
+                let targets = ["--lib", "--bins", "--tests"];
+                cargo(&[&["test", "--workspace"], &ALL[..], &targets].concat())
             }])
         }),
         step("every interleaving", |_| Ok(vec![loom()])),
@@ -193,6 +192,15 @@ fn steps() -> Vec<Step> {
         step("guests of KVM", |_| {
             may_use_kvm()?;
             kvm_tests()
+        }),
+        step("the reference VMM with tiny guests", |machine| {
+            machine.test("minivmm")?;
+            may_trace()?;
+            may_use_kvm()?;
+            let test = ["test", "-p", "vmm-integration", "--features", "minivmm"];
+            let guests = ["--test", "minivmm", "--", "--include-ignored"];
+            let rest = ["--test-threads", "1", "--skip", "measure"];
+            Ok(vec![cargo(&[&test[..], &guests, &rest].concat())])
         }),
         step("guest tests", |machine| {
             machine.test("guest")?;

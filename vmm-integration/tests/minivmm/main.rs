@@ -1,0 +1,7 @@
+//! The reference VMM, as a program: machines in processes of their own, whose guests check themselves.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic, helpers too")]
+
+mod lifecycle;
+mod migration;
+mod vmm;

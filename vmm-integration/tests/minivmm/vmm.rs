@@ -1,0 +1,246 @@
+//! A minivmm in a process of its own, and what one can ask it.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use guest_test::tiny::report::Logbook;
+use guest_test::tiny::{self, TinyGuest};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// Longer than anything here takes, on a busy machine.
+pub(crate) const LONG: Duration = Duration::from_secs(60);
+
+/// A machine's shape.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Shape {
+    pub(crate) cpus: u64,
+    pub(crate) memory: &'static str,
+    pub(crate) tracker: &'static str,
+}
+
+impl Default for Shape {
+    fn default() -> Self {
+        Self {
+            cpus: 1,
+            memory: "32M",
+            tracker: "log",
+        }
+    }
+}
+
+impl Shape {
+    fn arguments(&self) -> Vec<OsString> {
+        let cpus = self.cpus.to_string();
+        [
+            "--cpus",
+            &cpus,
+            "--memory",
+            self.memory,
+            "--tracker",
+            self.tracker,
+        ]
+        .map(OsString::from)
+        .to_vec()
+    }
+}
+
+/// A running minivmm. Killed on drop.
+#[derive(Debug)]
+pub(crate) struct Vmm {
+    child: Child,
+    place: TempDir,
+    /// How much of the console has been read.
+    read: u64,
+}
+
+impl Vmm {
+    /// The command, for who runs it otherwise than as a machine.
+    pub(crate) fn command() -> Command {
+        Command::new(env!("CARGO_BIN_EXE_minivmm"))
+    }
+
+    /// Boots a tiny guest that prints a line every so many ticks.
+    pub(crate) fn boot(shape: Shape, guest: TinyGuest, every: u64) -> Self {
+        Self::boot_with(shape, guest, every, &[])
+    }
+
+    pub(crate) fn boot_with(shape: Shape, guest: TinyGuest, every: u64, more: &[&str]) -> Self {
+        let place = tempfile::tempdir().unwrap();
+        let image = place.path().join("image");
+        std::fs::write(&image, tiny::image()).unwrap();
+        let words: Vec<String> = guest.words(every).iter().map(u64::to_string).collect();
+        let mut command = Self::command();
+        command.arg("boot").args(shape.arguments()).args(more);
+        command.arg("--flat").arg(image);
+        command.args(["--words", &words.join(",")]);
+        Self::start(command, place)
+    }
+
+    /// A machine that waits for a guest.
+    pub(crate) fn awaiting(shape: Shape) -> Self {
+        Self::awaiting_in(shape, Self::command())
+    }
+
+    /// The same, where `command` runs it.
+    pub(crate) fn awaiting_in(shape: Shape, mut command: Command) -> Self {
+        command.arg("await").args(shape.arguments());
+        Self::start(command, tempfile::tempdir().unwrap())
+    }
+
+    fn start(mut command: Command, place: TempDir) -> Self {
+        let socket = place.path().join("control");
+        if !command.get_args().any(|argument| argument == "--console") {
+            let console = place.path().join("console");
+            File::create(&console).unwrap();
+            command.arg("--console").arg(console);
+        }
+        command.arg("--control").arg(&socket);
+        let child = command.stdin(Stdio::null()).spawn().unwrap();
+        let vmm = Self {
+            child,
+            place,
+            read: 0,
+        };
+        until("the control socket answers", || {
+            UnixStream::connect(&socket).is_ok()
+        });
+        vmm
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.place.path().join("control")
+    }
+
+    /// Asks, and waits for the end of the answer.
+    pub(crate) fn ask(&self, request: &Value) -> Result<Value, String> {
+        Question::new(&self.socket(), request).end(|_| {})
+    }
+
+    pub(crate) fn status(&self) -> Value {
+        self.ask(&json!({"do": "status"})).unwrap()
+    }
+
+    pub(crate) fn stage(&self) -> String {
+        self.status()["stage"].as_str().unwrap().to_owned()
+    }
+
+    /// Has it wait for a guest; what the source needs, and the answer that is still to end.
+    pub(crate) fn receive(&self, listen: &str) -> (String, Question) {
+        let request = json!({"do": "receive", "listen": listen});
+        let mut question = Question::new(&self.socket(), &request);
+        let news = question.next();
+        let pairing = news["news"]["pairing"].as_str();
+        let pairing = pairing.unwrap_or_else(|| panic!("{news}")).to_owned();
+        (pairing, question)
+    }
+
+    /// Has it send its guest.
+    pub(crate) fn migrate(&self, pairing: &str, plan: &Value) -> Question {
+        let request = json!({"do": "migrate", "pairing": pairing, "plan": plan});
+        Question::new(&self.socket(), &request)
+    }
+
+    /// Reads what its guest has printed since it was last read, into `book`.
+    pub(crate) fn read_console(&mut self, book: &mut Logbook) {
+        let mut file = File::open(self.place.path().join("console")).unwrap();
+        file.seek(SeekFrom::Start(self.read)).unwrap();
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).unwrap();
+        self.read += bytes.len() as u64;
+        if let Err(wrong) = book.read(&bytes) {
+            panic!("{wrong}\n{}", String::from_utf8_lossy(&bytes));
+        }
+    }
+
+    /// Reads on until `enough`.
+    pub(crate) fn read_until(
+        &mut self,
+        book: &mut Logbook,
+        what: &str,
+        enough: impl Fn(&Logbook) -> bool,
+    ) {
+        until(what, || {
+            self.read_console(book);
+            enough(book)
+        });
+    }
+
+    /// Waits for its end.
+    pub(crate) fn wait(mut self) -> ExitStatus {
+        let mut status = None;
+        until("it ends", || {
+            status = self.child.try_wait().unwrap();
+            status.is_some()
+        });
+        status.unwrap()
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A request whose answer is not over.
+#[derive(Debug)]
+pub(crate) struct Question(BufReader<UnixStream>);
+
+impl Question {
+    pub(crate) fn new(socket: &Path, request: &Value) -> Self {
+        let mut stream = UnixStream::connect(socket).unwrap();
+        stream.set_read_timeout(Some(LONG)).unwrap();
+        writeln!(stream, "{request}").unwrap();
+        Self(BufReader::new(stream))
+    }
+
+    /// The next line of the answer.
+    pub(crate) fn next(&mut self) -> Value {
+        let mut line = String::new();
+        self.0.read_line(&mut line).unwrap();
+        serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line:?}"))
+    }
+
+    /// Reads the answer to its end, and tells `news` of what comes before.
+    pub(crate) fn end(mut self, mut news: impl FnMut(&Value)) -> Result<Value, String> {
+        loop {
+            let line = self.next();
+            if let Some(done) = line.get("done") {
+                return Ok(done.clone());
+            }
+            if let Some(failed) = line.get("failed") {
+                return Err(failed.as_str().unwrap().to_owned());
+            }
+            news(&line["news"]);
+        }
+    }
+}
+
+/// Waits for `done`, looking again and again.
+pub(crate) fn until(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + LONG;
+    while !done() {
+        assert!(Instant::now() < deadline, "in vain: {what}");
+        thread::park_timeout(Duration::from_millis(2));
+    }
+}
+
+/// Moves the guest; what both ends report.
+pub(crate) fn migrate(source: &Vmm, destination: &Vmm, plan: &Value) -> (Value, Value) {
+    let (pairing, receiving) = destination.receive("127.0.0.1:0");
+    let sent = source.migrate(&pairing, plan).end(|_| {});
+    let received = receiving.end(|_| {});
+    match (sent, received) {
+        (Ok(sent), Ok(received)) => (sent, received),
+        (sent, received) => panic!("source: {sent:?}\ndestination: {received:?}"),
+    }
+}
