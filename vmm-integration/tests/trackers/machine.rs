@@ -475,10 +475,7 @@ impl Stamper {
         let deadline = Instant::now() + LONG;
         while self.stamps() < goal {
             assert!(Instant::now() < deadline, "the guest writes");
-            assert!(
-                matches!(&self.state, Stamps::Runs(thread) if !thread.is_finished()),
-                "it runs"
-            );
+            assert!(self.is_running());
             thread::yield_now();
         }
     }
@@ -498,6 +495,11 @@ impl Stamper {
     pub(crate) fn run(&mut self, stamps: u64) {
         self.start(stamps.div_ceil(STAMPS));
         self.join();
+    }
+
+    /// Whether it is in the guest still, or on its way out.
+    pub(crate) fn is_running(&self) -> bool {
+        matches!(&self.state, Stamps::Runs(thread) if !thread.is_finished())
     }
 
     /// Brings the vCPU out of the guest.
