@@ -5,7 +5,7 @@ mod rig;
 mod stand_in;
 
 use std::io::{Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use std::time::Duration;
 use memferry::sys::uffd::Scope;
 use rustix::process::Signal;
 
-use crate::victim::{PATIENCE, wait_until};
+use crate::victim::{NOBODY, PATIENCE, wait_until};
 use rig::{Link, Rig, is_there};
 use stand_in::Machine;
 
@@ -172,6 +172,34 @@ fn a_peer_that_dies_deprives_the_vmm_of_what_is_absent_and_of_nothing_else() {
             "{words}"
         );
     }
+}
+
+#[test]
+fn a_network_that_says_nothing_any_more_is_told_of_and_then_ends_the_vmm() {
+    let rig = Rig::new(PAGES);
+    let (_peer, address) = rig.peer("127.0.0.1:0");
+    let link = Link::to(address, Duration::ZERO);
+    let more = ["--no-populate", "--deadline", "2s", "--on-failure", "kill"];
+    let mut handler = rig.handler(&link.url(), &more);
+    let mut vmm = Machine::of(PAGES).start(&rig.socket());
+    vmm.must("touch 7");
+    link.stall();
+    vmm.tell("touch 2000");
+    // Long before the server's time is over.
+    assert_eq!(handler.event("stalled")["error"], "nothing has come yet");
+    assert!(vmm.runs());
+    assert_eq!(vmm.end().signal(), Some(libc::SIGKILL));
+    handler.ends_with(3);
+}
+
+#[test]
+#[ignore = "privileged: needs root (chown)"]
+fn the_socket_is_given_to_the_user_who_runs_the_vmm() {
+    let rig = Rig::new(64);
+    let _handler = rig.handler(&rig.memory(), &["--owner", "65534:65534"]);
+    let metadata = std::fs::metadata(rig.socket()).unwrap();
+    assert_eq!((metadata.uid(), metadata.gid()), (NOBODY, NOBODY));
+    assert_eq!(metadata.permissions().mode() & 0o7777, 0o600);
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -138,6 +139,7 @@ impl Rig {
 pub(super) struct Link {
     pub(super) address: SocketAddr,
     sockets: Arc<Mutex<Vec<TcpStream>>>,
+    stalled: Arc<AtomicBool>,
 }
 
 impl Link {
@@ -147,6 +149,8 @@ impl Link {
         let address = listener.local_addr().unwrap();
         let sockets: Arc<Mutex<Vec<TcpStream>>> = Arc::default();
         let all = Arc::clone(&sockets);
+        let stalled = Arc::new(AtomicBool::new(false));
+        let stops = Arc::clone(&stalled);
         thread::spawn(move || {
             for near in listener.incoming().map_while(Result::ok) {
                 let Ok(far) = TcpStream::connect(peer) else {
@@ -156,11 +160,21 @@ impl Link {
                     socket.set_nodelay(true).unwrap();
                     all.lock().unwrap().push(socket.try_clone().unwrap());
                 }
-                carry(near.try_clone().unwrap(), far.try_clone().unwrap(), delay);
-                carry(far, near, delay);
+                let (back, forth) = (near.try_clone().unwrap(), far.try_clone().unwrap());
+                carry(back, forth, delay, Arc::clone(&stops));
+                carry(far, near, delay, Arc::clone(&stops));
             }
         });
-        Self { address, sockets }
+        Self {
+            address,
+            sockets,
+            stalled,
+        }
+    }
+
+    /// Nothing passes any more, and nobody is told.
+    pub(super) fn stall(&self) {
+        self.stalled.store(true, Ordering::Release);
     }
 
     pub(super) fn url(&self) -> String {
@@ -177,7 +191,7 @@ impl Drop for Link {
 }
 
 /// Passes bytes on, each as long after it came.
-fn carry(mut from: TcpStream, mut to: TcpStream, delay: Duration) {
+fn carry(mut from: TcpStream, mut to: TcpStream, delay: Duration, stalled: Arc<AtomicBool>) {
     let (sender, waiting) = mpsc::channel::<(Instant, Vec<u8>)>();
     thread::spawn(move || {
         let mut buffer = vec![0; 256 << 10];
@@ -193,6 +207,9 @@ fn carry(mut from: TcpStream, mut to: TcpStream, delay: Duration) {
             let left = due.saturating_duration_since(Instant::now());
             let left = rustix::event::Timespec::try_from(left).unwrap();
             let _ = rustix::event::poll(&mut [], Some(&left));
+            if stalled.load(Ordering::Acquire) {
+                continue;
+            }
             if to.write_all(&bytes).is_err() {
                 return;
             }

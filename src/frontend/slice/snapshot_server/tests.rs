@@ -152,20 +152,55 @@ fn what_is_given_back_while_it_is_on_its_way_is_zeros() {
     server.finish(PATIENCE).unwrap();
 }
 
+/// The program went on as soon as the event was read, and a page that was on its way came before the event was noted.
+#[test]
+fn what_was_given_back_never_has_its_old_bytes_again() {
+    const PAGES: u64 = 128;
+    for _ in 0..60 {
+        let vmm = Vmm::new(PAGES);
+        let server = vmm.served(storage(PAGES));
+        thread::scope(|scope| {
+            for own in 0..3 {
+                let vmm = &vmm;
+                scope.spawn(move || {
+                    for page in (own..PAGES).step_by(3) {
+                        vmm.give_back(page);
+                        for _ in 0..3 {
+                            assert_eq!(vmm.byte(page), 0, "page {page}");
+                        }
+                    }
+                });
+            }
+            for own in 0..3 {
+                let server = &server;
+                scope.spawn(move || {
+                    let mut buffer = Vec::new();
+                    for page in (own..PAGES).step_by(3) {
+                        server
+                            .bring(page * PAGE..(page + 1) * PAGE, &mut buffer)
+                            .unwrap();
+                    }
+                });
+            }
+        });
+        assert!(server.progress().is_complete());
+    }
+}
+
 /// One was woken before its memory was the kernel's again, waited anew, and nobody woke it again.
 #[test]
 fn who_accesses_memory_while_it_is_let_go_of_goes_on() {
-    for round in 0..150 {
+    for round in 0..400 {
         let vmm = Arc::new(Vmm::new(16));
         let server = vmm.served(storage(16));
         let stop = Arc::new(AtomicBool::new(false));
         let (ended, ends) = mpsc::channel();
-        for own in 0..2 {
+        for own in 0..4 {
             let (vmm, stop, ended) = (Arc::clone(&vmm), Arc::clone(&stop), ended.clone());
             thread::spawn(move || {
                 let mut gone = [false; 16];
                 while !stop.load(Ordering::Relaxed) {
-                    for page in (own..16).step_by(2) {
+                    for page in (own..16).step_by(4) {
                         let at = usize::try_from(page).unwrap();
                         let expected = if gone[at] { 0 } else { byte_of(page) };
                         assert_eq!(vmm.byte(page), expected, "page {page}");
@@ -182,7 +217,7 @@ fn who_accesses_memory_while_it_is_let_go_of_goes_on() {
         server.finish(PATIENCE).unwrap();
         drop(server);
         stop.store(true, Ordering::Relaxed);
-        for _ in 0..2 {
+        for _ in 0..4 {
             let ended = ends.recv_timeout(PATIENCE);
             assert!(ended.is_ok(), "a thread hangs in round {round}");
         }
