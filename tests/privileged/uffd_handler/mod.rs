@@ -357,6 +357,8 @@ impl HugePages {
     fn reserve(count: u64) -> Self {
         let before = std::fs::read_to_string(HUGE).unwrap();
         let all = before.trim().parse::<u64>().unwrap() + count;
+        // Memory may be in small pieces; not every kernel can do something about it.
+        let _ = std::fs::write("/proc/sys/vm/compact_memory", "1");
         std::fs::write(HUGE, all.to_string()).unwrap();
         let reserved = std::fs::read_to_string(HUGE).unwrap();
         assert_eq!(reserved.trim(), all.to_string(), "no memory for huge pages");
