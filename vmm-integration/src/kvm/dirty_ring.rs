@@ -110,8 +110,9 @@ struct State {
 const FEWEST: u32 = 1024;
 /// The most that KVM allows.
 const MOST: u32 = 1 << 16;
-/// How long a vCPU whose ring is full waits for a take that makes room. Takes last a millisecond or so.
-const PATIENCE: Duration = Duration::from_millis(100);
+/// How long a vCPU whose ring is full waits for a take that makes room. Takes last a millisecond or so, on a machine that is
+/// not short of processors.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 impl DirtyRing {
     /// Gives the VM of `slots` rings of `entries` entries, a power of two. Before any vCPU is made.

@@ -1,6 +1,7 @@
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
+use std::thread;
 
 use kvm_ioctls::Kvm;
 use rustix::fs::MemfdFlags;
@@ -106,6 +107,40 @@ fn a_ring_that_is_full_names_everything_and_is_not_read_for_ever() {
     assert_eq!(rings.overruns(), 1);
     let all: [Vec<u64>; 2] = [(0..64).collect(), (0..32).collect()];
     assert_eq!(pending(&rings), all);
+}
+
+/// A VM without rings fails whoever harvests, so that who succeeds has not.
+#[test]
+#[ignore = "kvm: needs /dev/kvm"]
+fn a_vcpu_whose_ring_is_full_lets_a_take_make_room_for_it() {
+    let rings = rings(&[(0, 1)]);
+    rings.takes.fetch_add(1, Ordering::Relaxed);
+    thread::scope(|scope| {
+        let vcpu = scope.spawn(|| rings.make_room_for(0));
+        // The take has its turn, before the vCPU has or while it waits.
+        let mut state = rings.state();
+        while !vcpu.is_finished() {
+            state.harvests += 1;
+            rings.taken.notify_all();
+            drop(state);
+            thread::yield_now();
+            state = rings.state();
+        }
+        vcpu.join().unwrap().unwrap();
+    });
+}
+
+#[test]
+#[ignore = "kvm: needs /dev/kvm"]
+fn a_vcpu_whose_ring_is_full_does_not_wait_for_ever_for_a_take() {
+    let rings = rings(&[(0, 1)]);
+    rings.takes.fetch_add(1, Ordering::Relaxed);
+    let error = rings.make_room_for(0).unwrap_err();
+    assert!(
+        error.raw_os_error().is_some(),
+        "{error}: it asked KVM itself"
+    );
+    assert_eq!(rings.pages_written(), [1]);
 }
 
 #[test]
