@@ -4,7 +4,7 @@ use guest_test::tiny::report::Logbook;
 use guest_test::tiny::{FREE, Timer, TinyGuest};
 use serde_json::json;
 
-use crate::vmm::{Shape, Vmm, until};
+use crate::vmm::{Shape, Vmm};
 
 /// Boots `guest` and reads until each of its processors has ticked so often.
 fn runs(guest: TinyGuest, cpus: u64, ticks: u64) -> Logbook {
@@ -167,44 +167,4 @@ fn the_client_prints_the_answer_and_its_exit_code_says_whether_it_was_done() {
     assert_eq!(refused.status.code(), Some(1));
     let answer = String::from_utf8_lossy(&refused.stdout).into_owned();
     assert!(answer.contains("cannot cancel"), "{answer}");
-}
-
-/// The pipe is full when nobody reads it, and the processor that prints waits for it.
-#[test]
-#[ignore = "kvm: needs /dev/kvm"]
-fn a_processor_that_does_not_stop_in_time_is_named_and_the_guest_runs_on() {
-    let place = tempfile::tempdir().unwrap();
-    let pipe = place.path().join("pipe");
-    let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
-    rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, mode, 0).unwrap();
-    // Both ends, so that opening it does not wait.
-    let ours = std::fs::File::options()
-        .read(true)
-        .write(true)
-        .open(&pipe)
-        .unwrap();
-    let shape = Shape {
-        cpus: 2,
-        ..Shape::default()
-    };
-    let console = ["--console", pipe.to_str().unwrap()];
-    let vmm = Vmm::boot_with(shape, TinyGuest::stomper(64), 1, &console);
-    // What a pipe holds.
-    until("the console is full", || {
-        rustix::io::ioctl_fionread(&ours).unwrap() == 65536
-    });
-    let error = vmm
-        .ask(&json!({"do": "pause", "deadline": 200}))
-        .unwrap_err();
-    assert!(error.contains("did not stop in time"), "{error}");
-    assert_eq!(vmm.stage(), "running");
-    // Somebody reads it again.
-    let mut book = Logbook::default();
-    until("the guest runs on", || {
-        let mut bytes = [0; 4096];
-        let read = std::io::Read::read(&mut &ours, &mut bytes).unwrap();
-        book.read(&bytes[..read]).unwrap();
-        book.lines() > 2000
-    });
-    vmm.ask(&json!({"do": "quit"})).unwrap();
 }

@@ -2,6 +2,10 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may panic, helpers too")]
 
+mod failures;
 mod lifecycle;
+mod linux;
 mod migration;
+mod namespaces;
+mod refusals;
 mod vmm;

@@ -68,15 +68,21 @@ impl Vmm {
 
     /// Boots a tiny guest that prints a line every so many ticks.
     pub(crate) fn boot(shape: Shape, guest: TinyGuest, every: u64) -> Self {
-        Self::boot_with(shape, guest, every, &[])
+        Self::boot_in(shape, guest, every, Self::command(), &[])
     }
 
-    pub(crate) fn boot_with(shape: Shape, guest: TinyGuest, every: u64, more: &[&str]) -> Self {
+    /// The same, where `command` runs it, and with more arguments.
+    pub(crate) fn boot_in(
+        shape: Shape,
+        guest: TinyGuest,
+        every: u64,
+        mut command: Command,
+        more: &[&str],
+    ) -> Self {
         let place = tempfile::tempdir().unwrap();
         let image = place.path().join("image");
         std::fs::write(&image, tiny::image()).unwrap();
         let words: Vec<String> = guest.words(every).iter().map(u64::to_string).collect();
-        let mut command = Self::command();
         command.arg("boot").args(shape.arguments()).args(more);
         command.arg("--flat").arg(image);
         command.args(["--words", &words.join(",")]);
@@ -170,6 +176,12 @@ impl Vmm {
             self.read_console(book);
             enough(book)
         });
+    }
+
+    /// Kills it, as though its host had failed.
+    pub(crate) fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
     }
 
     /// Waits for its end.

@@ -14,7 +14,7 @@
     add rdi, 0x50000
     lea rax, [rip + .Ltimer_tick]
     mov [rdi + 0x400], ax
-    mov word ptr [rdi + 0x402], 8
+    mov word ptr [rdi + 0x402], 0x10
     mov word ptr [rdi + 0x404], 0x8e00
     shr rax, 16
     mov [rdi + 0x406], ax

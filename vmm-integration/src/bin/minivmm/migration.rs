@@ -3,7 +3,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{self, Sender};
 use std::time::{Duration, Instant};
 
 use memferry::migrate::{
@@ -205,7 +205,8 @@ impl Receiving {
             Err(why @ LeechError::Lost { .. }) => Arrived::Lacking {
                 runs,
                 kept: Kept {
-                    _arrival: arrival,
+                    // It is kept for as long as the guest waits, and whom it told of its progress waits for the last of it.
+                    _arrival: arrival.progress(mpsc::channel().0),
                     advice: why.to_string(),
                 },
                 why: why.into(),

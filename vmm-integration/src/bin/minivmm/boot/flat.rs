@@ -1,6 +1,7 @@
 //! A bare program: its bytes at 1 MiB, and a page that says what machine it is on.
 //!
-//! Every processor enters it at its first byte, in long mode, with interrupts off, its number in `rdi` and the address of the page in `rsi`.
+//! Every processor enters it at its first byte, in long mode, with every address mapped to itself, its code segment 0x10, interrupts off, its
+//! number in `rdi` and the address of the page in `rsi`.
 //! The page has 64-bit words: a magic number, how many processors there are, how fast the time stamp counter counts in kHz, how many words
 //! follow; from 0x20 on those words; from 0x100 on how many regions of memory there are, then the start and the length of each.
 

@@ -20,9 +20,10 @@ const LARGE_PAGE: u64 = 2 << 20;
 const PRESENT_WRITABLE: u64 = 3;
 const LARGE: u64 = 0x80;
 
-const CODE: u16 = 8;
-const DATA: u16 = 16;
-const TASK: u16 = 24;
+// The first two are what Linux' boot protocol wants.
+const CODE: u16 = 0x10;
+const DATA: u16 = 0x18;
+const TASK: u16 = 0x20;
 
 const CR0_PROTECTED: u64 = 1;
 const CR0_MONITOR: u64 = 1 << 1;
@@ -126,7 +127,7 @@ pub(super) fn special_registers(mut sregs: kvm_sregs) -> kvm_sregs {
     sregs.tr = task;
     sregs.gdt = kvm_dtable {
         base: GDT,
-        limit: 4 * 8 - 1,
+        limit: TASK + 8 - 1,
         ..kvm_dtable::default()
     };
     sregs.idt = kvm_dtable::default();

@@ -1,0 +1,118 @@
+//! Machines that are not alike are refused by the name of what differs, before anything is copied.
+
+use std::io::{Read, Write};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use guest_test::tiny::TinyGuest;
+use memferry::transport::{Listener, Pairing};
+use serde_json::json;
+use vmm_integration::{Arrival, RamBuilder, Vmm as Subject, VmmError};
+
+use crate::vmm::{LONG, Shape, Vmm};
+
+const MEMORY: u64 = 32 << 20;
+
+/// What the source says when the machine that waits is of another shape.
+fn refused_by(shape: Shape) -> String {
+    let source = Vmm::boot(Shape::default(), TinyGuest::stomper(64), 16);
+    let destination = Vmm::awaiting(shape);
+    let (pairing, receiving) = destination.receive("127.0.0.1:0");
+    let error = source
+        .migrate(&pairing, &json!({}))
+        .end(|_| {})
+        .unwrap_err();
+    receiving.end(|_| {}).unwrap_err();
+    assert_eq!(
+        (&*source.stage(), &*destination.stage()),
+        ("running", "waiting")
+    );
+    error
+}
+
+#[test]
+#[ignore = "kvm: needs /dev/kvm"]
+fn a_machine_with_other_memory_or_other_processors_is_refused_by_name() {
+    let other = Shape {
+        cpus: 2,
+        ..Shape::default()
+    };
+    let error = refused_by(other);
+    assert!(
+        error.contains("processors is 1 at the source, and 2 here"),
+        "{error}"
+    );
+    let other = Shape {
+        memory: "64M",
+        ..Shape::default()
+    };
+    let error = refused_by(other);
+    assert!(
+        error.contains("32 MiB") || error.contains("0x2000000") || error.contains("33554432"),
+        "{error}"
+    );
+}
+
+/// A machine that says of itself what it is told to.
+#[derive(Debug)]
+struct Pretended {
+    facts: Vec<(String, String)>,
+}
+
+impl Subject for Pretended {
+    fn kind(&self) -> &'static str {
+        "minivmm"
+    }
+
+    fn facts(&self) -> Vec<(String, String)> {
+        self.facts.clone()
+    }
+
+    fn suspend(&mut self, _: Instant) -> Result<(), VmmError> {
+        unreachable!("it never leaves")
+    }
+
+    fn save(&mut self, _: &mut dyn Write, _: Instant) -> Result<(), VmmError> {
+        unreachable!("it never leaves")
+    }
+
+    fn load(&mut self, _: &mut dyn Read, _: Instant) -> Result<(), VmmError> {
+        unreachable!("it is refused before")
+    }
+
+    fn resume(&mut self, _: Instant) -> Result<(), VmmError> {
+        unreachable!("it is refused before")
+    }
+}
+
+/// What the source says when the machine that waits says this of itself, by the names that the source compares.
+fn refused_for(fact: &str, value: &str) -> String {
+    let source = Vmm::boot(Shape::default(), TinyGuest::stomper(64), 16);
+    let memory = Arc::new(RamBuilder::new(MEMORY).in_memory::<()>().unwrap());
+    let listener = Listener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let pairing = Pairing::new(listener.local_addr().unwrap().to_string()).unwrap();
+    let sending = source.migrate(&pairing.to_string(), &json!({}));
+    let silence = Duration::from_secs(10);
+    let session = listener
+        .accept(&pairing, silence, LONG, || true, |_, _| {})
+        .unwrap();
+    let mut pretended = Pretended {
+        facts: vec![(fact.to_owned(), value.to_owned())],
+    };
+    let error = Arrival::new(memory)
+        .unwrap()
+        .run(&session, &mut pretended)
+        .unwrap_err();
+    println!("{error}");
+    let error = sending.end(|_| {}).unwrap_err();
+    assert_eq!(source.stage(), "running");
+    error
+}
+
+#[test]
+#[ignore = "kvm: needs /dev/kvm"]
+fn the_state_of_another_version_is_refused_before_anything_is_copied() {
+    let error = refused_for("version of the state", "2");
+    let expected = "version of the state is 1 at the source, and 2 here";
+    assert!(error.contains(expected), "{error}");
+}
