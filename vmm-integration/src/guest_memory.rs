@@ -12,7 +12,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, Memo
 
 /// One region of a guest's memory as [`Storage`]: a region for Memferry is a region of `vm-memory`, by its index.
 ///
-/// The guest and the VMM's devices may write at any time. Every access is volatile, and no reference to guest memory
+/// The guest and the VMM's devices may write at any time. Every access is volatile, or the kernel's, and no reference to guest memory
 /// exists. What is written here is marked in the region's dirty bitmap, after it was written, as any write of the VMM.
 ///
 /// The map of the guest's memory is the one that it is made from. If memory is plugged or unplugged later, make new
@@ -177,6 +177,14 @@ impl<M: GuestMemoryBackend + Send + Sync> Storage for GuestRam<M> {
         if buf.is_empty() {
             return Ok(());
         }
+        // By way of the mapping, a page that was never written would be allocated to be read.
+        if let Some(Backing {
+            storage,
+            offset: start,
+        }) = &self.file
+        {
+            return storage.read_exact_at(buf, start.saturating_add(offset));
+        }
         region.read_slice(buf, address).map_err(failed)
     }
 
@@ -339,6 +347,16 @@ mod tests {
         // Outside of the region, on both sides.
         file.write_all_at(&[1], 0).unwrap();
         file.write_all_at(&[1], 12 * PAGE).unwrap();
+        assert_eq!(data(&ram), [(2 * PAGE, 3 * PAGE)]);
+    }
+
+    #[test]
+    fn reading_what_was_never_written_allocates_nothing_in_a_shared_file() {
+        let (ram, _file) = in_a_file();
+        let ram = ram.mapped_shared().unwrap();
+        ram.write_all_at(b"written", 2 * PAGE).unwrap();
+        let all = read(&ram, 0, 8 * 4096).unwrap();
+        assert_eq!(&all[2 * 4096..][..7], b"written");
         assert_eq!(data(&ram), [(2 * PAGE, 3 * PAGE)]);
     }
 

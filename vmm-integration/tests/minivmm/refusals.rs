@@ -1,6 +1,7 @@
 //! Machines that are not alike are refused by the name of what differs, before anything is copied.
 
 use std::io::{Read, Write};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -99,11 +100,8 @@ fn refused_for(fact: &str, value: &str) -> String {
     let mut pretended = Pretended {
         facts: vec![(fact.to_owned(), value.to_owned())],
     };
-    let error = Arrival::new(memory)
-        .unwrap()
-        .run(&session, &mut pretended)
-        .unwrap_err();
-    println!("{error}");
+    let arrival = Arrival::new(memory).unwrap();
+    arrival.run(&session, &mut pretended).unwrap_err();
     let error = sending.end(|_| {}).unwrap_err();
     assert_eq!(source.stage(), "running");
     error
@@ -115,4 +113,32 @@ fn the_state_of_another_version_is_refused_before_anything_is_copied() {
     let error = refused_for("version of the state", "2");
     let expected = "version of the state is 1 at the source, and 2 here";
     assert!(error.contains(expected), "{error}");
+}
+
+/// `CAP_SYS_PTRACE` is what it takes, unless the sysctl allows it to everybody.
+#[test]
+#[ignore = "kvm: needs /dev/kvm, and root to give up a privilege"]
+fn who_may_not_watch_memory_is_told_what_would_allow_it_and_receives_without_post_copy() {
+    let allowed = std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").unwrap();
+    assert_eq!(allowed.trim(), "0", "on this machine everybody may");
+    let mut command = Command::new("setpriv");
+    command.args(["--bounding-set", "-sys_ptrace", "--inh-caps", "-sys_ptrace"]);
+    command.arg(Vmm::command().get_program());
+    let destination = Vmm::awaiting_in(Shape::default(), command);
+    let listen = "127.0.0.1:0";
+    let error = destination
+        .ask(&json!({"do": "receive", "listen": listen}))
+        .unwrap_err();
+    assert!(error.contains("CAP_SYS_PTRACE"), "{error}");
+    assert!(error.contains("vm.unprivileged_userfaultfd=1"), "{error}");
+
+    let source = Vmm::boot(Shape::default(), TinyGuest::stomper(64), 16);
+    let (pairing, receiving) = destination.receive_as(&json!({
+        "do": "receive", "listen": listen, "without_post_copy": true
+    }));
+    let plan = json!({"downtime": 1000});
+    let sent = source.migrate(&pairing, &plan).end(|_| {}).unwrap();
+    receiving.end(|_| {}).unwrap();
+    assert_eq!(sent["post_copy"], false);
+    assert_eq!(destination.stage(), "running");
 }

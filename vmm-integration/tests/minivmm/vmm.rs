@@ -139,8 +139,12 @@ impl Vmm {
 
     /// Has it wait for a guest; what the source needs, and the answer that is still to end.
     pub(crate) fn receive(&self, listen: &str) -> (String, Question) {
-        let request = json!({"do": "receive", "listen": listen});
-        let mut question = Question::new(&self.socket(), &request);
+        self.receive_as(&json!({"do": "receive", "listen": listen}))
+    }
+
+    /// The same, with more in the request.
+    pub(crate) fn receive_as(&self, request: &Value) -> (String, Question) {
+        let mut question = Question::new(&self.socket(), request);
         let news = question.next();
         let pairing = news["news"]["pairing"].as_str();
         let pairing = pairing.unwrap_or_else(|| panic!("{news}")).to_owned();

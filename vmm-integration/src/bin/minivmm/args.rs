@@ -123,6 +123,9 @@ pub(crate) enum ControlCommand {
         /// Where to listen
         #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:0")]
         listen: SocketAddr,
+        /// Take no guest that runs before all of its memory is here: that needs no privilege
+        #[arg(long)]
+        without_post_copy: bool,
     },
     /// Migrate the guest to the machine that printed the string
     Migrate {

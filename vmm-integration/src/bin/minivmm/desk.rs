@@ -233,6 +233,7 @@ impl Desk {
     pub(crate) fn receive(
         &self,
         listen: SocketAddr,
+        without_post_copy: bool,
         news: &mut dyn FnMut(Value),
     ) -> Result<Value, DeskError> {
         let cancel = Cancel::default();
@@ -245,7 +246,8 @@ impl Desk {
                 _ => return Err(not_now(&stage, "receive")),
             }
         };
-        let receiving = match Receiving::open(Arc::clone(&self.machine), listen) {
+        let receiving = match Receiving::open(Arc::clone(&self.machine), listen, without_post_copy)
+        {
             Ok(receiving) => receiving,
             Err(error) => {
                 *self.stage() = before;

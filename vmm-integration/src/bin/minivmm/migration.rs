@@ -12,7 +12,7 @@ use memferry::migrate::{
 };
 use memferry::transport::{ConnectError, Listener, Pairing, PairingError, Session};
 use serde_json::Value;
-use vmm_integration::{Arrival, ArrivingError, Departure};
+use vmm_integration::{Arrival, ArrivingError, ArrivingRam, Departure};
 
 use crate::args::{Plan, PostCopyChoice};
 use crate::machine::{Guest, Machine, MachineError, Memory};
@@ -160,8 +160,17 @@ pub(crate) struct Receiving {
 
 impl Receiving {
     /// Listens at `address`.
-    pub(crate) fn open(machine: Arc<Machine>, address: SocketAddr) -> Result<Self, MigrateError> {
-        let arrival = Arrival::new(Arc::clone(machine.memory()))?;
+    pub(crate) fn open(
+        machine: Arc<Machine>,
+        address: SocketAddr,
+        without_post_copy: bool,
+    ) -> Result<Self, MigrateError> {
+        let memory = Arc::clone(machine.memory());
+        let arrival = if without_post_copy {
+            Arrival::into_ram(ArrivingRam::without_faults(memory)?)
+        } else {
+            Arrival::new(memory)?
+        };
         let listen = || -> io::Result<(Listener, Pairing)> {
             let listener = Listener::bind(address)?;
             let pairing = Pairing::new(listener.local_addr()?.to_string())?;

@@ -15,7 +15,13 @@ pub(crate) fn ask(socket: &Path, command: ControlCommand) -> Result<bool> {
         ControlCommand::Status => Request::Status,
         ControlCommand::Pause { deadline } => Request::Pause { deadline },
         ControlCommand::Resume => Request::Resume,
-        ControlCommand::Receive { listen } => Request::Receive { listen },
+        ControlCommand::Receive {
+            listen,
+            without_post_copy,
+        } => Request::Receive {
+            listen,
+            without_post_copy,
+        },
         ControlCommand::Migrate { pairing, plan } => Request::Migrate { pairing, plan },
         ControlCommand::Cancel => Request::Cancel,
         ControlCommand::Type { text } => Request::Type { text },

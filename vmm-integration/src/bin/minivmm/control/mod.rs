@@ -96,7 +96,10 @@ fn answer(desk: &Desk, request: Request, news: &mut dyn FnMut(Value)) -> Result<
             desk.resume()?;
             done()
         }
-        Request::Receive { listen } => Answer::Done(desk.receive(listen, news)?),
+        Request::Receive {
+            listen,
+            without_post_copy,
+        } => Answer::Done(desk.receive(listen, without_post_copy, news)?),
         Request::Migrate { pairing, plan } => Answer::Done(desk.migrate(&pairing, &plan, news)?),
         Request::Cancel => {
             desk.cancel()?;

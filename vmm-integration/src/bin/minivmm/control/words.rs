@@ -25,6 +25,9 @@ pub(crate) enum Request {
     Receive {
         /// Where.
         listen: SocketAddr,
+        /// Whether all of it has to be here before it runs.
+        #[serde(default)]
+        without_post_copy: bool,
     },
     /// To send its guest.
     Migrate {

@@ -2,6 +2,7 @@
 
 use super::*;
 use kvm_bindings::{kvm_cpuid_entry2, kvm_msr_entry};
+use proptest::prelude::*;
 
 fn state() -> MachineState {
     let mut cpu = CpuState {
@@ -109,4 +110,25 @@ fn a_flag_that_is_neither_no_nor_yes_is_refused() {
         error.to_string(),
         "the state's chips is 0x2, which this version does not know"
     );
+}
+
+proptest! {
+    /// A peer can send anything.
+    #[test]
+    fn whatever_is_changed_in_a_state_nothing_panics(at in any::<prop::sample::Index>(), byte: u8, len: u16) {
+        let mut bytes = state().to_bytes();
+        *at.get_mut(&mut bytes) = byte;
+        let _ = MachineState::from_bytes(&bytes);
+        bytes.truncate(len.into());
+        let _ = MachineState::from_bytes(&bytes);
+    }
+
+    #[test]
+    fn bytes_without_meaning_are_refused(bytes: Vec<u8>) {
+        prop_assert!(MachineState::from_bytes(&bytes).is_err());
+        let mut state = b"minivmm\0\x01\0\0\0".to_vec();
+        state.extend(bytes);
+        // A few of these make the state of an empty machine.
+        let _ = MachineState::from_bytes(&state);
+    }
 }
