@@ -117,7 +117,7 @@ impl Observation {
 
 /// Decides what to do with a dirty set that was just taken.
 ///
-/// * What fits the downtime limit is sent while the guest is suspended: no page is left to fault on.
+/// * What fits the downtime limit, or is nothing, is sent while the guest is suspended: no page is left to fault on.
 /// * Otherwise a round goes on while rounds pay: while the set shrinks to half from one round to the next.
 /// * When it does not, post-copy ends the migration at once, whatever the dirty rate.
 /// * Without post-copy, rounds go on while there is hope.
@@ -127,7 +127,8 @@ pub fn decide(budget: &Budget, seen: &Observation) -> Decision {
     if post_copy && budget.post_copy == PostCopy::Always {
         return Decision::PostCopy;
     }
-    if seen.predicted_blackout() <= budget.downtime {
+    // With nothing left to send the blackout cannot become any shorter.
+    if seen.dirty == 0 || seen.predicted_blackout() <= budget.downtime {
         return Decision::StopAndCopy;
     }
     let exhausted = seen.round.saturating_add(1) >= budget.rounds;
@@ -218,6 +219,19 @@ mod tests {
         check(PostCopy::Never, seen, Decision::GiveUp);
         seen.post_copy = false;
         check(PostCopy::Auto, seen, Decision::GiveUp);
+    }
+
+    #[test]
+    fn a_set_that_is_empty_ends_it_though_the_limit_is_shorter_than_all_the_rest() {
+        let seen = Observation {
+            post_copy: false,
+            ..observation(3, 0, 0)
+        };
+        let budget = Budget {
+            downtime: Micros::from_millis(1),
+            ..Budget::default()
+        };
+        assert_eq!(decide(&budget, &seen), Decision::StopAndCopy);
     }
 
     #[test]

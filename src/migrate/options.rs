@@ -23,6 +23,9 @@ pub struct SeedOptions {
     pub silence: Duration,
     /// The longest time that the subject may take to suspend, to save its state, or to run on.
     pub subject_deadline: Duration,
+    /// The part of the blackout that has nothing to do with memory: suspending, the device state, resuming, as far as it is known
+    /// beforehand. What remains of [`Budget::downtime`] is what the last dirty set may take.
+    pub fixed_blackout: Duration,
     /// The longest time from suspending to hand-over, without a comparison in between; then it is given up, and the subject runs on here. Bounds what a
     /// destination can do that answers and gets nowhere.
     pub cut_over_deadline: Duration,
@@ -42,6 +45,8 @@ impl Default for SeedOptions {
             dry_run: false,
             silence: Duration::from_secs(10),
             subject_deadline: Duration::from_secs(10),
+            // As QEMU takes.
+            fixed_blackout: Duration::from_millis(25),
             cut_over_deadline: Duration::from_secs(30),
             hold: false,
             cut_over: CutOver::default(),

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use migrate_proto::seeder::Event;
 use migrate_proto::{
-    AbortCode, Agreement, ChunkBitmap, Decision, Hello, Layout, Message, Micros, Role, Seeder,
+    AbortCode, Agreement, ChunkBitmap, Decision, Hello, Layout, Message, Role, Seeder,
     SeederConfig, Token, VERSIONS, Verify, capability,
 };
 use rustix::rand::GetRandomFlags;
@@ -39,9 +39,6 @@ const TICK: Duration = Duration::from_millis(100);
 
 /// Chunks of a frame: large enough that a frame's cost does not matter, small enough for the second-level cache.
 const BATCH: u32 = 512 << 10;
-
-/// What suspending, the device state and resuming are assumed to take before anything was measured.
-const FIXED_BLACKOUT: Micros = Micros::from_millis(25);
 
 /// One session of the source.
 #[derive(Debug)]
@@ -181,7 +178,7 @@ impl<'a> Driver<'a> {
             batch: BATCH,
             lanes: u8::try_from(self.session.bulk.len()).unwrap_or(u8::MAX),
             token: Token(token),
-            fixed_blackout: FIXED_BLACKOUT,
+            fixed_blackout: micros(self.options.fixed_blackout),
             silence: micros(self.options.silence),
             hold: self.options.hold,
         })
@@ -501,7 +498,7 @@ impl<'a> Driver<'a> {
             self.layout,
             self.options,
             post_copy,
-            FIXED_BLACKOUT,
+            micros(self.options.fixed_blackout),
             writer,
         )
         .map_err(local("cannot measure"))?;

@@ -114,6 +114,8 @@ fn options(plan: &Plan) -> SeedOptions {
         verify: plan.verify.into(),
         silence: Duration::from_millis(plan.silence),
         subject_deadline: Duration::from_millis(plan.deadline),
+        // Some kilobytes of state, and no device that takes its time.
+        fixed_blackout: Duration::from_millis(5),
         ..SeedOptions::default()
     }
 }
