@@ -244,12 +244,22 @@ fn steps() -> Vec<Step> {
             })
         },
         Step {
-            judge: Some(measured_mounts),
+            judge: Some(measured_everything),
             ..step("a quick benchmark of mounts", |_| {
                 if !Path::new("/dev/fuse").exists() {
                     return Err("this machine has no /dev/fuse".into());
                 }
                 Ok(vec![bench(&["mount", "--quick", "--json"])])
+            })
+        },
+        Step {
+            judge: Some(measured_everything),
+            ..step("a quick benchmark of embedding", |_| {
+                may_use_kvm()?;
+                may_trace()?;
+                let example = ["run", "--release", "-p", "vmm-integration"];
+                let quick = ["--example", "bench-embed", "--", "--quick", "--json"];
+                Ok(vec![cargo(&[&example[..], &quick].concat())])
             })
         },
     ]
@@ -353,7 +363,7 @@ fn measured_a_migration(printed: &str) -> Result<()> {
     Ok(())
 }
 
-fn measured_mounts(printed: &str) -> Result<()> {
+fn measured_everything(printed: &str) -> Result<()> {
     for goal in goals(printed)? {
         ensure!(goal["value"].is_number(), "it did not measure {goal}");
     }
@@ -580,8 +590,8 @@ mod tests {
     #[test]
     fn a_benchmark_of_mounts_has_measured_all_that_it_has_goals_for() {
         let read = r#"{"goal":"read","value":0.8,"at_least":0.9,"met":false}"#;
-        assert!(measured_mounts(&format!("{RUN}\n{read}\n{GOAL}")).is_ok());
+        assert!(measured_everything(&format!("{RUN}\n{read}\n{GOAL}")).is_ok());
         let nothing = read.replace("0.8", "null");
-        assert!(measured_mounts(&format!("{nothing}\n{GOAL}")).is_err());
+        assert!(measured_everything(&format!("{nothing}\n{GOAL}")).is_err());
     }
 }

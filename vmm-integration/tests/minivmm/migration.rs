@@ -85,7 +85,7 @@ fn memory_on_both_sides_of_the_hole_moves() {
     let shape = Shape {
         cpus: 2,
         memory: "4G",
-        tracker: "log",
+        ..Shape::default()
     };
     let guest = TinyGuest::Stomper {
         pages: 256,

@@ -6,6 +6,7 @@ use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::OnceLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -17,12 +18,17 @@ use tempfile::TempDir;
 /// Longer than anything here takes, on a busy machine.
 pub(crate) const LONG: Duration = Duration::from_secs(60);
 
+/// The program: cargo tells tests where it is, and nobody else.
+pub(crate) static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+
 /// A machine's shape.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Shape {
     pub(crate) cpus: u64,
     pub(crate) memory: &'static str,
     pub(crate) tracker: &'static str,
+    /// Bytes of memory, from 64 MiB on, that hold something from the start.
+    pub(crate) filled: usize,
 }
 
 impl Default for Shape {
@@ -31,6 +37,7 @@ impl Default for Shape {
             cpus: 1,
             memory: "32M",
             tracker: "log",
+            filled: 0,
         }
     }
 }
@@ -51,6 +58,19 @@ impl Shape {
     }
 }
 
+/// A program and, far behind it, so many bytes that are all different pages.
+fn filled(mut image: Vec<u8>, bytes: usize) -> Vec<u8> {
+    if bytes > 0 {
+        image.resize(63 << 20, 0);
+        let words = 0x9e37_79b9_7f4a_7c15_u64..;
+        let words = words
+            .take(bytes / 8)
+            .map(|word| word.wrapping_mul(word).to_le_bytes());
+        image.extend(words.flatten());
+    }
+    image
+}
+
 /// A running minivmm. Killed on drop.
 #[derive(Debug)]
 pub(crate) struct Vmm {
@@ -63,7 +83,10 @@ pub(crate) struct Vmm {
 impl Vmm {
     /// The command, for who runs it otherwise than as a machine.
     pub(crate) fn command() -> Command {
-        Command::new(env!("CARGO_BIN_EXE_minivmm"))
+        Command::new(PROGRAM.get_or_init(|| {
+            let told = option_env!("CARGO_BIN_EXE_minivmm");
+            told.expect("who is no test of this package sets it").into()
+        }))
     }
 
     /// Boots a tiny guest that prints a line every so many ticks.
@@ -81,7 +104,7 @@ impl Vmm {
     ) -> Self {
         let place = tempfile::tempdir().unwrap();
         let image = place.path().join("image");
-        std::fs::write(&image, tiny::image()).unwrap();
+        std::fs::write(&image, filled(tiny::image().to_vec(), shape.filled)).unwrap();
         let words: Vec<String> = guest.words(every).iter().map(u64::to_string).collect();
         command.arg("boot").args(shape.arguments()).args(more);
         command.arg("--flat").arg(image);
