@@ -122,7 +122,7 @@ fn who_may_not_watch_memory_is_told_what_would_allow_it_and_receives_without_pos
     let allowed = std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").unwrap();
     assert_eq!(allowed.trim(), "0", "on this machine everybody may");
     let mut command = Command::new("setpriv");
-    command.args(["--bounding-set", "-sys_ptrace", "--inh-caps", "-sys_ptrace"]);
+    command.args(["--bounding-set", "-sys_ptrace"]);
     command.arg(Vmm::command().get_program());
     let destination = Vmm::awaiting_in(Shape::default(), command);
     let listen = "127.0.0.1:0";
