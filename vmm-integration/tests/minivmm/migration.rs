@@ -185,7 +185,7 @@ fn a_guest_moves_fifty_times_around_a_ring_of_three_machines() {
     let cpus = 2;
     let shape = Shape {
         cpus,
-        tracker: "ring",
+        tracker: "log",
         ..Shape::default()
     };
     let pages = 64;
