@@ -141,6 +141,7 @@ impl<M: GuestMemoryBackend> ArrivingRam<M> {
 
     /// Fills absent pages by `fill`, which is told what is left of them; goes on until it is done.
     fn fill(
+        &self,
         mut addresses: Range<u64>,
         mut fill: impl FnMut(Range<u64>) -> io::Result<Installed>,
     ) -> io::Result<()> {
@@ -151,6 +152,8 @@ impl<M: GuestMemoryBackend> ArrivingRam<M> {
                 None => {}
                 // The VMM changes its mappings.
                 Some(Stop::Changing) => std::thread::yield_now(),
+                // Everything has come: a page that comes once more, as the answer to a fault that it overtook, finds nothing registered.
+                Some(Stop::Unmapped) if !self.armed.load(Ordering::Acquire) => return Ok(()),
                 Some(Stop::Unmapped | Stop::Exited) => {
                     return Err(io::Error::new(
                         io::ErrorKind::NotFound,
@@ -288,7 +291,7 @@ impl<M: GuestMemoryBackend + Send + Sync> Install for ArrivingRam<M> {
             ));
         }
         let (uffd, start) = (self.uffd()?, addresses.start);
-        Self::fill(addresses, |left| {
+        self.fill(addresses, |left| {
             let from = usize::try_from(left.start - start).expect("within the slice");
             uffd.install(left.start, &data[from..], self.page_size)
         })
@@ -296,7 +299,7 @@ impl<M: GuestMemoryBackend + Send + Sync> Install for ArrivingRam<M> {
 
     fn install_zeros(&self, place: Place, len: u64) -> io::Result<()> {
         let (uffd, addresses) = (self.uffd()?, self.host(place, len));
-        Self::fill(addresses, |left| match self.page_size {
+        self.fill(addresses, |left| match self.page_size {
             HUGE => {
                 // Bytes that are not in memory yet would cost the kernel a huge page more, for a while, and there may be none.
                 let touched = ZEROS.iter().step_by(4096).fold(0, |all, byte| all | byte);
