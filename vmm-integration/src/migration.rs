@@ -112,7 +112,8 @@ impl<M: GuestMemoryBackend + Send + Sync + 'static> Departure<M> {
         self
     }
 
-    /// The migration is given up if this address space has other memory by then: the guest runs on at the source.
+    /// The migration is given up if this address space has other memory than that which is sent, at any time: the guest runs on at the
+    /// source.
     #[must_use]
     pub fn in_space<A>(mut self, space: A) -> Self
     where
@@ -208,7 +209,8 @@ impl<M: GuestMemoryBackend + Send + Sync + 'static> Departure<M> {
                 // The space is asked once a round, beside the first region.
                 Some(space) if index == 0 => {
                     let chunks = self.options.chunk_size.chunks_in(ram.len());
-                    let unchanged = Unchanged::new(Arc::clone(space), chunks);
+                    let was = describe(&*self.memory);
+                    let unchanged = Unchanged::new(Arc::clone(space), was, chunks);
                     Arc::new(Union(Arc::clone(tracker), unchanged))
                 }
                 _ => Arc::clone(tracker),

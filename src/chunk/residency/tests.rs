@@ -269,6 +269,10 @@ fn what_gave_up_half_way_leaves_nothing_behind() {
 }
 
 #[test]
+#[cfg_attr(
+    miri,
+    ignore = "walks a table of a million entries, which takes miri hours"
+)]
 fn a_region_of_a_tebibyte_takes_no_memory_until_chunks_come() {
     let chunks = (1 << 40) / 4096;
     let residency = Residency::new(chunks);

@@ -36,8 +36,8 @@ pub(crate) struct Unchanged {
 }
 
 impl Unchanged {
-    pub(crate) fn new(layout: Layout, chunks: u64) -> Self {
-        let was = layout();
+    /// `was` is the memory that is known of.
+    pub(crate) fn new(layout: Layout, was: String, chunks: u64) -> Self {
         Self {
             layout,
             was,
@@ -89,7 +89,8 @@ mod tests {
         let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 8192)]).unwrap();
         let space = GuestMemoryAtomic::new(memory);
         let seen = space.clone();
-        let tracker = Unchanged::new(Arc::new(move || layout(&seen)), 2);
+        let was = layout(&space);
+        let tracker = Unchanged::new(Arc::new(move || layout(&seen)), was, 2);
         tracker.start().unwrap();
         assert!(tracker.take().unwrap().is_empty());
         let more = GuestRegionMmap::from_range(GuestAddress(1 << 32), 4096, None).unwrap();
