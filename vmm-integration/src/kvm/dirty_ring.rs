@@ -106,6 +106,12 @@ struct State {
     overruns: u64,
 }
 
+impl State {
+    fn has_no_rings(&self) -> bool {
+        self.rings.is_empty()
+    }
+}
+
 /// What KVM keeps free in a ring, with Intel's log of 512 pages; a ring has more entries than that.
 const FEWEST: u32 = 1024;
 /// The most that KVM allows.
@@ -349,6 +355,9 @@ impl DirtyRing {
 
     fn start(&self, region: usize) -> io::Result<()> {
         let mut state = self.first();
+        if State::has_no_rings(&state) {
+            return Err(TrackError::NoVcpus.into());
+        }
         let none = ChunkBitmap::empty(self.slots.chunks(region, self.chunk_size));
         let own = || self.slots.of_region(region, self.chunk_size);
         let before = state.overruns;

@@ -95,6 +95,11 @@ pub enum TrackError {
         /// What KVM says.
         source: io::Error,
     },
+    /// Rings of no vCPU are read.
+    #[error(
+        "no vCPU was added whose dirty ring is read, so nothing that the guest writes would be found"
+    )]
+    NoVcpus,
     /// KVM does not free entries.
     #[error("KVM does not reset {left} entries of dirty rings that were read")]
     NotReset {

@@ -117,6 +117,7 @@ fn the_rings_fail_their_takes_too_once_memory_has_changed() {
         ..Shape::of(64 * PAGE)
     });
     let tracker = DirtyRing::trackers(machine.rings.as_ref().unwrap()).remove(0);
+    let _vcpu = machine.writer();
     tracker.start().unwrap();
     machine.slots.memory_changed(&numbers(&machine)).unwrap();
     assert_changed(tracker.take());

@@ -269,13 +269,15 @@ fn a_vcpu_whose_ring_is_full_goes_on_and_what_it_wrote_is_named() {
     });
     let rings = machine.rings.as_ref().unwrap();
     let tracker = DirtyRing::trackers(rings).remove(0);
+    let mut vcpu = machine.stamper(0, Stamping::pages());
+    vcpu.stop();
     tracker.start().unwrap();
     let mut rates = DirtyRates::new();
     assert_eq!(
         rates.since_last(Instant::now(), &rings.pages_written()),
         None
     );
-    let mut vcpu = machine.stamper(0, Stamping::pages());
+    vcpu.start(u64::MAX);
     vcpu.wait(4096);
     vcpu.stop();
     assert!(vcpu.times_full() > 0, "the ring was never full");

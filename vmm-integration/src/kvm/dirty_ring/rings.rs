@@ -54,6 +54,11 @@ impl Rings {
         self.vcpus.len() - 1
     }
 
+    /// Whether there are none.
+    pub(super) fn is_empty(&self) -> bool {
+        self.vcpus.is_empty()
+    }
+
     /// Entries so far, by vCPU.
     pub(super) fn pages(&self) -> Vec<u64> {
         self.vcpus.iter().map(|vcpu| vcpu.pages).collect()

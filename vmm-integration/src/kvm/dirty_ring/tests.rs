@@ -159,3 +159,15 @@ fn rings_of_a_size_that_kvm_cannot_have_are_refused_with_what_it_offers() {
         );
     }
 }
+
+#[test]
+#[ignore = "kvm: needs /dev/kvm"]
+fn rings_that_no_vcpu_was_added_to_do_not_pass_for_a_guest_that_writes_nothing() {
+    let vm = Arc::new(Kvm::new().unwrap().create_vm().unwrap());
+    let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+    let slots = Slot::one_a_region(&memory, 0);
+    let slots = Slots::register(vm, Arc::new(memory), slots).unwrap();
+    let rings = DirtyRing::enable(&slots, 1024, ChunkSize::PAGE).unwrap();
+    let error = DirtyRing::trackers(&rings)[0].start().unwrap_err();
+    assert!(error.to_string().contains("no vCPU"), "{error}");
+}
