@@ -127,6 +127,8 @@ pub enum Progress {
         eta: Option<f64>,
         /// Faults that were fetched over the network.
         faults: u64,
+        /// At the destination: how long they took so far, as in [`LeechReport::fault_micros`].
+        fault_micros: Option<[u64; 3]>,
     },
     /// A dirty set was taken and judged.
     Round {

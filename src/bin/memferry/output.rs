@@ -123,6 +123,7 @@ impl View {
                 dirty_rate,
                 predicted_blackout,
                 faults,
+                fault_micros,
                 round,
                 ..
             } => {
@@ -137,6 +138,9 @@ impl View {
                 }
                 if *faults > 0 {
                     message += &format!(", {faults} faults");
+                }
+                if let Some([median, tail, _]) = fault_micros {
+                    message += &format!(" (median {median} µs, 99th percentile {tail} µs)");
                 }
                 self.bar.set_message(message);
             }

@@ -438,6 +438,7 @@ impl<'a> Driver<'a> {
             #[expect(clippy::cast_precision_loss, reason = "an estimate")]
             eta: (rate > 0).then(|| remaining as f64 / rate as f64),
             faults,
+            fault_micros: None,
         });
     }
 
