@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
-use guest_test::lab::{self, targets};
+use guest_test::lab;
+use guest_test::lab::targets::{self, Tests};
 use guest_test::{command, image, packages};
 
 /// Runs every check and test that this machine can run.
@@ -182,16 +183,15 @@ fn steps() -> Vec<Step> {
             // A child that one test forks holds, until it is another program, the files that another test would unmount.
             Ok(vec![cargo(&[&test[..], &one_at_a_time, &rest].concat())])
         }),
-        step("a guest's memory on a mounted file", |machine| {
-            machine.test("mapped")?;
+        step("privileged tests of the integration with VMMs", |_| {
             may_trace()?;
-            let test = ["test", "-p", "vmm-integration", "--test", "mapped"];
-            let file = ["--", "--include-ignored", "on_a_mapped_file"];
-            Ok(vec![cargo(&[&test[..], &file].concat())])
+            ignored_tests("privileged: ", |tests| {
+                tests.directory.ends_with("vmm-integration")
+            })
         }),
         step("guests of KVM", |_| {
             may_use_kvm()?;
-            kvm_tests()
+            ignored_tests("kvm: ", |_| true)
         }),
         step("the reference VMM with tiny guests", |machine| {
             machine.test("minivmm")?;
@@ -292,12 +292,12 @@ fn unit_tests(reason: &str) -> Result<Vec<Command>, String> {
     Ok(vec![command])
 }
 
-/// All tests of the workspace that run a guest on KVM themselves.
-fn kvm_tests() -> Result<Vec<Command>, String> {
+/// The tests of those programs, of the workspace's, that are ignored for a reason that begins so.
+fn ignored_tests(reason: &str, of: impl Fn(&Tests) -> bool) -> Result<Vec<Command>, String> {
     let built = targets::build_all(&[]).map_err(|reason| format!("{reason:#}"))?;
     let mut commands = Vec::new();
-    for tests in built {
-        let names = tests.ignored_for(|of_test| of_test.starts_with("kvm: "));
+    for tests in built.into_iter().filter(of) {
+        let names = tests.ignored_for(|of_test| of_test.starts_with(reason));
         let names = names.map_err(|reason| format!("{reason:#}"))?;
         if !names.is_empty() {
             let mut command = Command::new(&tests.program);
