@@ -228,7 +228,8 @@ impl DirtyRing {
     /// there is nothing else to do but to run it again. For the thread that runs the vCPU; takes a millisecond or so.
     ///
     /// # Errors
-    /// If KVM fails. What a vCPU wrote and no slot has is an error of the next take, not of this.
+    /// If KVM fails. It may pass: run the vCPU again for some time before the guest is given up. What a vCPU wrote and no slot has is an
+    /// error of the next take, not of this.
     pub fn make_room(&self, number: usize, exit: &VcpuExit<'_>) -> io::Result<bool> {
         let full = matches!(exit, VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL));
         if full {

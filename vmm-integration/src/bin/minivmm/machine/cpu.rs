@@ -5,7 +5,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_integration::kvm::DirtyRing;
@@ -13,6 +13,9 @@ use vmm_sys_util::signal::Killable;
 
 use super::ports::{Ports, Request};
 use crate::sys::{self, Kickable};
+
+/// How long a processor may wait for room in its dirty ring. A take makes some every now and then.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The processors of a machine, and the threads that run them.
 #[derive(Debug)]
@@ -254,6 +257,7 @@ impl Shared {
         let mut kickable = Kickable::new(cpu);
         // A guest that reads KVM's clock is told that it stood still, lest its watchdog think that it hung; another one cannot be.
         let _ = kickable.cpu().kvmclock_ctrl();
+        let mut full_since = None;
         loop {
             let leave = self.leave.load(Ordering::SeqCst);
             if leave {
@@ -270,9 +274,20 @@ impl Shared {
                         .as_ref()
                         .map(|rings| rings.make_room(index, &exit));
                     match made.transpose() {
-                        Ok(Some(true)) => continue,
+                        Ok(Some(true)) => {
+                            full_since = None;
+                            continue;
+                        }
                         Ok(_) => {}
-                        Err(error) => return Some(Ending::NoRoom(error.to_string())),
+                        // It may pass, once others have stopped or there was a take; a guest is worth waiting for.
+                        Err(error) => {
+                            let since = full_since.get_or_insert_with(Instant::now);
+                            if since.elapsed() < PATIENCE {
+                                thread::yield_now();
+                                continue;
+                            }
+                            return Some(Ending::NoRoom(error.to_string()));
+                        }
                     }
                     if let Err(ending) = self.handle(exit) {
                         return Some(ending.of(kickable.cpu()));
