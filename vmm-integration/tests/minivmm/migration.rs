@@ -6,7 +6,7 @@ use guest_test::tiny::report::Logbook;
 use guest_test::tiny::{FREE, Timer, TinyGuest};
 use serde_json::{Value, json};
 
-use crate::vmm::{Shape, Vmm, migrate};
+use crate::vmm::{Shape, Vmm, migrate, try_to_migrate};
 
 /// A plan that ends whatever the guest writes.
 fn plan(post_copy: &str) -> Value {
@@ -21,7 +21,7 @@ fn moved(shape: Shape, guest: TinyGuest, post_copy: &str, ticks: u64) -> Logbook
     source.read_until(&mut book, "it runs", |book| {
         book.least(shape.cpus, "ticks") >= ticks
     });
-    let (sent, _) = migrate(&source, &destination, &plan(post_copy));
+    let sent = migrate_at_last(&source, &destination, &plan(post_copy));
     assert_eq!(sent["verified"]["different"], 0, "{sent}");
     assert_eq!(sent["post_copy"], post_copy != "never", "{sent}");
     assert_eq!(
@@ -38,6 +38,20 @@ fn moved(shape: Shape, guest: TinyGuest, post_copy: &str, ticks: u64) -> Logbook
     source.read_console(&mut book);
     assert_eq!(book.lines(), lines);
     book
+}
+
+/// Moves the guest; again, where this machine's KVM lost count of what it has put into a ring. It may do so where it emulates, which is noticed:
+/// the guest runs on where it was.
+fn migrate_at_last(source: &Vmm, destination: &Vmm, plan: &Value) -> Value {
+    let lost_count = |why: &str| why.contains("does not reset");
+    for _ in 0..4 {
+        match try_to_migrate(source, destination, plan) {
+            Ok((sent, _)) => return sent,
+            Err((why, _)) if lost_count(&why) => assert_eq!(source.stage(), "running"),
+            Err(why) => panic!("{why:?}"),
+        }
+    }
+    panic!("it lost count each time");
 }
 
 /// A KVM that emulates a thousand instructions in a row, without looking whether a ring has room, needs a guest that writes little in that
