@@ -22,9 +22,22 @@ impl Output {
         Self { json }
     }
 
-    /// Whether programs read it.
-    pub(crate) fn is_json(self) -> bool {
-        self.json
+    /// Whether a person sees it change.
+    fn is_for_a_terminal(self) -> bool {
+        io::stderr().is_terminal() && !self.json
+    }
+
+    /// A bar that is drawn so many times a second, where a person sees it.
+    pub(crate) fn bar(self, template: &str, hz: u8) -> ProgressBar {
+        let target = if self.is_for_a_terminal() {
+            ProgressDrawTarget::stderr_with_hz(hz)
+        } else {
+            ProgressDrawTarget::hidden()
+        };
+        let style = ProgressStyle::with_template(template)
+            .unwrap_or_else(|_| ProgressStyle::default_bar())
+            .progress_chars("=> ");
+        ProgressBar::with_draw_target(Some(0), target).with_style(style)
     }
 
     /// A result, for programs; `event` names it.
@@ -65,6 +78,16 @@ impl Output {
     }
 }
 
+/// A rate in bytes a second, for a text or a program.
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a rate is far from the ends of its type, and is shown in round numbers"
+)]
+pub(crate) fn rounded(rate: f64) -> u64 {
+    rate.max(0.0) as u64
+}
+
 /// A line on standard output. Nobody may read it any more, as behind `head -1`: that must not end what goes on.
 pub(crate) fn say(line: &impl Display) {
     let _ = writeln!(io::stdout().lock(), "{line}");
@@ -84,21 +107,10 @@ struct View {
 
 impl View {
     fn new(output: Output) -> Self {
-        let terminal = io::stderr().is_terminal() && !output.json;
-        let target = if terminal {
-            ProgressDrawTarget::stderr_with_hz(10)
-        } else {
-            ProgressDrawTarget::hidden()
-        };
-        let style =
-            ProgressStyle::with_template("{prefix:10} [{bar:30}] {bytes}/{total_bytes} {msg}")
-                .unwrap_or_else(|_| ProgressStyle::default_bar())
-                .progress_chars("=> ");
-        let bar = ProgressBar::with_draw_target(Some(0), target).with_style(style);
         Self {
             output,
-            bar,
-            terminal,
+            bar: output.bar("{prefix:10} [{bar:30}] {bytes}/{total_bytes} {msg}", 10),
+            terminal: output.is_for_a_terminal(),
         }
     }
 

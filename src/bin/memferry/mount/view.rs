@@ -1,15 +1,14 @@
 //! How a mount goes, for who looks at it.
 
-use std::io::{self, IsTerminal};
 use std::time::{Duration, Instant};
 
 use bytesize::ByteSize;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::ProgressBar;
 use memferry::mount::MountProgress;
 use serde_json::json;
 
 use super::region::Region;
-use crate::output::Output;
+use crate::output::{Output, rounded};
 
 /// How often a program is told.
 const EVERY: Duration = Duration::from_secs(1);
@@ -26,17 +25,9 @@ pub(super) struct View {
 
 impl View {
     pub(super) fn new(output: Output) -> Self {
-        let target = if io::stderr().is_terminal() && !output.is_json() {
-            ProgressDrawTarget::stderr_with_hz(5)
-        } else {
-            ProgressDrawTarget::hidden()
-        };
-        let style = ProgressStyle::with_template("here [{bar:30}] {bytes}/{total_bytes} {msg}")
-            .unwrap_or_else(|_| ProgressStyle::default_bar())
-            .progress_chars("=> ");
         Self {
             output,
-            bar: ProgressBar::with_draw_target(Some(0), target).with_style(style),
+            bar: output.bar("here [{bar:30}] {bytes}/{total_bytes} {msg}", 5),
             next: Instant::now(),
             last: None,
             last_error: None,
@@ -73,7 +64,7 @@ impl View {
         self.bar.set_position(progress.resident);
         let mut message = String::new();
         if progress.resident < progress.bytes {
-            message = format!("{}/s", ByteSize(rate(progress.pull_rate)));
+            message = format!("{}/s", ByteSize(rounded(progress.pull_rate)));
         }
         if progress.dirty > 0 {
             message += &format!(" {} to be saved", ByteSize(progress.dirty));
@@ -98,16 +89,7 @@ fn event(progress: &MountProgress) -> serde_json::Value {
         "bytes": progress.bytes,
         "resident": progress.resident,
         "dirty": progress.dirty,
-        "pull_rate": rate(progress.pull_rate),
+        "pull_rate": rounded(progress.pull_rate),
         "error": progress.last_push_error.as_ref().or(progress.last_pull_error.as_ref()),
     })
-}
-
-#[expect(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "a rate is far from the ends of its type, and is shown in round numbers"
-)]
-fn rate(rate: f64) -> u64 {
-    rate.max(0.0) as u64
 }

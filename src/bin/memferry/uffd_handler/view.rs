@@ -1,14 +1,13 @@
 //! How a restore goes, for who looks at it.
 
-use std::io::{self, IsTerminal};
 use std::time::{Duration, Instant};
 
 use bytesize::ByteSize;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::ProgressBar;
 use memferry::mount::RestoreProgress;
 use serde_json::{Value, json};
 
-use crate::output::{Output, seconds};
+use crate::output::{Output, rounded, seconds};
 
 /// How often a program is told.
 const EVERY: Duration = Duration::from_secs(1);
@@ -27,17 +26,9 @@ pub(super) struct View {
 
 impl View {
     pub(super) fn new(output: Output) -> Self {
-        let target = if io::stderr().is_terminal() && !output.is_json() {
-            ProgressDrawTarget::stderr_with_hz(5)
-        } else {
-            ProgressDrawTarget::hidden()
-        };
-        let style = ProgressStyle::with_template("there [{bar:30}] {bytes}/{total_bytes} {msg}")
-            .unwrap_or_else(|_| ProgressStyle::default_bar())
-            .progress_chars("=> ");
         Self {
             output,
-            bar: ProgressBar::with_draw_target(Some(0), target).with_style(style),
+            bar: output.bar("there [{bar:30}] {bytes}/{total_bytes} {msg}", 5),
             next: Instant::now(),
             last: None,
             stalled: false,
@@ -65,7 +56,7 @@ impl View {
         self.bar.set_position(memory.resident + memory.zeros);
         self.bar.set_message(format!(
             "{}/s, {} faults",
-            ByteSize(rate(progress.rate)),
+            ByteSize(rounded(progress.rate)),
             memory.faults.count
         ));
     }
@@ -139,18 +130,9 @@ fn event(progress: &RestoreProgress) -> Value {
         "resident": memory.resident,
         "zeros": memory.zeros,
         "poisoned": memory.poisoned,
-        "rate": rate(progress.rate),
+        "rate": rounded(progress.rate),
         "faults": faults.count,
         "fault_micros": [micros(faults.median), micros(faults.tail), micros(faults.longest)],
         "error": memory.waiting.as_ref().map(|waiting| &waiting.error).or(progress.last_error.as_ref()),
     })
-}
-
-#[expect(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "a rate is far from the ends of its type, and is shown in round numbers"
-)]
-fn rate(rate: f64) -> u64 {
-    rate.max(0.0) as u64
 }
