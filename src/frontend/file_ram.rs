@@ -23,6 +23,36 @@ pub struct FaultArea {
     pub place: Place,
 }
 
+impl FaultArea {
+    /// Appends the pages of `areas` whose accesses wait, by one system call; what happens elsewhere is nothing. Never blocks.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn read_faults(
+        uffd: &Uffd,
+        areas: &[Self],
+        page_size: u64,
+        faults: &mut Vec<Place>,
+    ) -> io::Result<()> {
+        let mut events = Vec::new();
+        uffd.read_events(&mut events)?;
+        for event in events {
+            let Event::Fault { address, .. } = event else {
+                continue;
+            };
+            let area = areas.iter().find(|area| area.addresses.contains(&address));
+            if let Some(area) = area {
+                let offset = area.place.offset + (address - area.addresses.start);
+                faults.push(Place {
+                    region: area.place.region,
+                    offset: offset - offset % page_size,
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
 /// What it takes to notice that the program accesses absent pages.
 pub struct Watch {
     /// A userfaultfd of the program's memory, with missing faults of shared memory.
@@ -255,25 +285,7 @@ impl Install for FileRam {
     }
 
     fn faults(&self, faults: &mut Vec<Place>) -> io::Result<()> {
-        let mut events = Vec::new();
-        self.uffd()?.read_events(&mut events)?;
-        for event in events {
-            let Event::Fault { address, .. } = event else {
-                continue;
-            };
-            let area = self
-                .areas
-                .iter()
-                .find(|area| area.addresses.contains(&address));
-            if let Some(area) = area {
-                let offset = area.place.offset + (address - area.addresses.start);
-                faults.push(Place {
-                    region: area.place.region,
-                    offset: offset - offset % page_size(),
-                });
-            }
-        }
-        Ok(())
+        FaultArea::read_faults(self.uffd()?, &self.areas, page_size(), faults)
     }
 
     fn install(&self, place: Place, data: &[u8]) -> io::Result<()> {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Sender};
 use std::thread;
 
-use memferry::chunk::Storage;
+use memferry::chunk::{Install, Storage};
 use memferry::dirty::{DirtyTracker, Union};
 use memferry::migrate::{
     Cancel, LeechError, LeechOptions, LeechOutcome, PostCopy, Progress, SeedError, SeedOptions,
@@ -14,7 +14,7 @@ use memferry::migrate::{
 use memferry::transport::Session;
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 
-use crate::guest_memory::{GuestRam, GuestRamError};
+use crate::guest_memory::GuestRam;
 use crate::memory::{ArrivingRam, Layout, Unchanged, describe, layout};
 use crate::throttle::{AutoConverge, Round};
 use crate::vmm::{Coming, Leaving, Vmm};
@@ -232,12 +232,9 @@ impl<M: GuestMemoryBackend + Send + Sync + 'static> Departure<M> {
         if !self.mapped_shared {
             return ram;
         }
-        let (memory, index) = (Arc::clone(&self.memory), ram.index());
-        ram.mapped_shared().unwrap_or_else(|_: GuestRamError| {
-            // Anonymous, or of a file that knows no holes: all of it is looked at.
-            let mut all = GuestRam::regions(&memory);
-            all.swap_remove(index)
-        })
+        let shared = GuestRam::new(Arc::clone(&self.memory), ram.index());
+        // Where it is anonymous, or of a file that knows no holes, all of it is looked at.
+        shared.and_then(GuestRam::mapped_shared).unwrap_or(ram)
     }
 }
 
@@ -376,7 +373,7 @@ impl<M: GuestMemoryBackend + Send + Sync> Arrival<M> {
         let mut coming = Coming {
             vmm,
             memory: describe(&**memory),
-            page: self.ram.chunk_unit(),
+            page: self.ram.page_size(),
         };
         let (options, cancel) = (&self.options, &self.cancel);
         let progress = self.progress.clone();

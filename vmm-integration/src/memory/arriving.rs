@@ -8,8 +8,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use memferry::chunk::{Install, Place};
+use memferry::frontend::FaultArea;
 use memferry::sys::mapping::page_size;
-use memferry::sys::uffd::{Event, Features, Installed, Mode, Scope, Stop, Uffd};
+use memferry::sys::uffd::{Features, Installed, Mode, Scope, Stop, Uffd};
 use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::sys;
@@ -30,8 +31,8 @@ static ZEROS: [u8; 2 << 20] = [0; 2 << 20];
 /// until the process ends, and never reads zeros in its place.
 pub struct ArrivingRam<M> {
     memory: Arc<M>,
-    /// The host's addresses of each region.
-    addresses: Vec<Range<u64>>,
+    /// The whole of each region.
+    areas: Vec<FaultArea>,
     page_size: u64,
     uffd: Option<Uffd>,
     armed: AtomicBool,
@@ -64,7 +65,7 @@ impl<M: GuestMemoryBackend> ArrivingRam<M> {
     /// # Errors
     /// [`ArrivingError::NotMapped`].
     pub fn without_faults(memory: Arc<M>) -> Result<Self, ArrivingError> {
-        let addresses = memory
+        let areas = memory
             .iter()
             .enumerate()
             .map(|(index, region)| {
@@ -72,7 +73,13 @@ impl<M: GuestMemoryBackend> ArrivingRam<M> {
                     .get_host_address(MemoryRegionAddress(0))
                     .map_err(|_| ArrivingError::NotMapped { region: index })?;
                 let start = address.expose_provenance() as u64;
-                Ok(start..start + region.len())
+                Ok(FaultArea {
+                    addresses: start..start + region.len(),
+                    place: Place {
+                        region: index,
+                        offset: 0,
+                    },
+                })
             })
             .collect::<Result<_, _>>()?;
         let huge = memory
@@ -80,7 +87,7 @@ impl<M: GuestMemoryBackend> ArrivingRam<M> {
             .any(|region| region.is_hugetlbfs() == Some(true));
         Ok(Self {
             memory,
-            addresses,
+            areas,
             page_size: if huge { HUGE } else { page_size() },
             uffd: None,
             armed: AtomicBool::new(false),
@@ -109,11 +116,6 @@ impl<M: GuestMemoryBackend> ArrivingRam<M> {
         Ok(ram)
     }
 
-    /// The size of its pages: the source's chunks are a multiple of it.
-    pub(crate) fn chunk_unit(&self) -> u64 {
-        self.page_size
-    }
-
     pub(crate) fn memory(&self) -> &Arc<M> {
         &self.memory
     }
@@ -134,7 +136,7 @@ impl<M: GuestMemoryBackend> ArrivingRam<M> {
 
     /// The host's addresses of whole pages from `place` on.
     fn host(&self, place: Place, len: u64) -> Range<u64> {
-        let region = &self.addresses[place.region];
+        let region = &self.areas[place.region].addresses;
         let start = region.start + place.offset;
         start..(start + len.next_multiple_of(self.page_size)).min(region.end)
     }
@@ -184,7 +186,7 @@ impl<M> Drop for ArrivingRam<M> {
 impl<M> fmt::Debug for ArrivingRam<M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ArrivingRam")
-            .field("addresses", &self.addresses)
+            .field("areas", &self.areas)
             .field("page_size", &self.page_size)
             .field("uffd", &self.uffd)
             .field("armed", &self.armed)
@@ -240,11 +242,11 @@ impl<M: GuestMemoryBackend + Send + Sync> Install for ArrivingRam<M> {
             missing: true,
             ..Mode::default()
         };
-        for (index, addresses) in self.addresses.iter().enumerate() {
-            if let Err(error) = uffd.register(addresses.clone(), missing) {
-                for registered in &self.addresses[..index] {
+        for (index, area) in self.areas.iter().enumerate() {
+            if let Err(error) = uffd.register(area.addresses.clone(), missing) {
+                for registered in &self.areas[..index] {
                     // Why the other one failed is what the caller has to know.
-                    let _ = uffd.unregister(registered.clone());
+                    let _ = uffd.unregister(registered.addresses.clone());
                 }
                 return Err(error);
             }
@@ -258,23 +260,7 @@ impl<M: GuestMemoryBackend + Send + Sync> Install for ArrivingRam<M> {
     }
 
     fn faults(&self, faults: &mut Vec<Place>) -> io::Result<()> {
-        let mut events = Vec::new();
-        self.uffd()?.read_events(&mut events)?;
-        for event in events {
-            let Event::Fault { address, .. } = event else {
-                continue;
-            };
-            let region = self
-                .addresses
-                .iter()
-                .position(|region| region.contains(&address));
-            if let Some(region) = region {
-                let offset = address - self.addresses[region].start;
-                let offset = offset - offset % self.page_size;
-                faults.push(Place { region, offset });
-            }
-        }
-        Ok(())
+        FaultArea::read_faults(self.uffd()?, &self.areas, self.page_size, faults)
     }
 
     fn install(&self, place: Place, data: &[u8]) -> io::Result<()> {
@@ -321,8 +307,8 @@ impl<M: GuestMemoryBackend + Send + Sync> Install for ArrivingRam<M> {
         }
         let uffd = self.uffd()?;
         let mut failed = Ok(());
-        for addresses in &self.addresses {
-            let unregistered = uffd.unregister(addresses.clone());
+        for area in &self.areas {
+            let unregistered = uffd.unregister(area.addresses.clone());
             failed = failed.and(unregistered);
         }
         failed
