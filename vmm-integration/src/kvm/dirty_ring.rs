@@ -356,7 +356,7 @@ impl DirtyRing {
 
     fn start(&self, region: usize) -> io::Result<()> {
         let mut state = self.first();
-        if State::has_no_rings(&state) {
+        if state.has_no_rings() {
             return Err(TrackError::NoVcpus.into());
         }
         let none = ChunkBitmap::empty(self.slots.chunks(region, self.chunk_size));
