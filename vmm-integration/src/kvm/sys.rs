@@ -25,6 +25,8 @@ ioctl_io_nr!(KVM_RESET_DIRTY_RINGS, KVMIO, 0xc7);
 const DIRTY: u32 = 1;
 /// Bit of an entry's flags that we set: the entry was read.
 const RESET: u32 = 2;
+/// A bit that KVM does not look at, and loses when it writes the flags.
+const HELD: u32 = 4;
 
 /// Makes a slot with these flags, changes the flags of the one that is there, or with a length of zero removes it.
 pub(super) fn set_slot(vm: &VmFd, slot: &Placed, len: u64, flags: u32) -> io::Result<()> {
@@ -163,8 +165,10 @@ pub(super) enum Mark {
     Free,
     /// KVM has filled it.
     Filled,
-    /// It was read, and KVM has not reset it yet.
+    /// It was read, and KVM may reset it, and has not yet.
     Read,
+    /// It was read, and KVM may not reset it yet.
+    Held,
 }
 
 /// The ring of one vCPU, which KVM fills and we read.
@@ -208,9 +212,10 @@ impl Ring {
     /// What the flags of the entry at `index` say, which goes round and round.
     pub(super) fn look(&self, index: u32) -> Mark {
         // Acquire: what KVM wrote into the entry before it set the flag is seen.
-        match self.flags(index).load(Ordering::Acquire) & (DIRTY | RESET) {
+        match self.flags(index).load(Ordering::Acquire) & (DIRTY | RESET | HELD) {
             0 => Mark::Free,
             DIRTY => Mark::Filled,
+            HELD => Mark::Held,
             _ => Mark::Read,
         }
     }
@@ -236,6 +241,13 @@ impl Ring {
     pub(super) fn say_read(&self, index: u32) {
         // Release: KVM may write the entry anew once it sees this, and we have read it by then.
         self.flags(index).store(RESET, Ordering::Release);
+    }
+
+    /// Takes that back, unless KVM has reset the entry or filled it anew meanwhile.
+    pub(super) fn hold(&self, index: u32) {
+        let (flags, order) = (self.flags(index), Ordering::AcqRel);
+        // Whatever else is there is newer.
+        let _ = flags.compare_exchange(RESET, HELD, order, Ordering::Acquire);
     }
 
     /// A place in the mapping, aligned as KVM aligns entries.

@@ -1,6 +1,7 @@
 //! The rings themselves: reading entries, having them reset, and getting over what should not happen.
 
 use std::io;
+use std::time::{Duration, Instant};
 
 use crate::kvm::TrackError;
 use crate::kvm::sys::{Entry, Mark, Ring};
@@ -10,9 +11,11 @@ use crate::kvm::sys::{Entry, Mark, Ring};
 /// KVM fills a ring's entries in order, round and round; we read them in order and say so; KVM, when it is asked to, resets
 /// what was read in order, up to the first entry that was not. It stops a vCPU well before its ring is full.
 ///
-/// That is not always well enough: a vCPU that KVM emulates may write a few hundred times before KVM looks, and then entries
-/// are overwritten that were not read. This is noticed and said ([`lost`](Self::lost)), and the ring goes on to work,
-/// though KVM counts entries as filled then that are not.
+/// That is not always well enough: a vCPU that KVM emulates may write a thousand times before KVM looks, and then entries
+/// are overwritten that were not read, or that were and are not reset yet. This is noticed and said ([`lost`](Self::lost)),
+/// and the ring goes on to work, though KVM counts entries as filled from then on that are not. What KVM counts is not
+/// to be had, so whatever happens, the entry that comes next is never marked as read, and none is forgotten before KVM has
+/// reset it: KVM resets without a look at what it has filled, and would take the ring for full for ever if it went too far.
 #[derive(Debug, Default)]
 pub(super) struct Rings {
     vcpus: Vec<Vcpu>,
@@ -27,18 +30,26 @@ struct Vcpu {
     ring: Ring,
     /// The entry that comes next, counted round and round.
     next: u32,
-    /// The first entry that may not be reset.
+    /// All entries before this one are reset. From here to `next` KVM resets, or has begun to.
     kept: u32,
     /// Entries so far.
     pages: u64,
     /// Whether entries of this ring were ever overwritten: then some may be missing that KVM counts as filled.
     overrun: bool,
+    /// Whether entries from `kept` to `next` were overwritten.
+    refilled: bool,
     /// What came next when room was last made for the vCPU.
     full_at: Option<u32>,
 }
 
 /// How often KVM is asked in vain to go on with resetting: a signal stops it, and has then to be delivered.
 const ATTEMPTS: u32 = 100;
+/// How often KVM stops, where all entries were marked as read just before, until that is no accident: the vCPU may overwrite
+/// one in between, and only after a whole round the same one.
+const VAIN: u32 = 3;
+/// How long a vCPU may go on to overwrite entries while they are reset. It does so until KVM looks, after a thousand
+/// instructions that it emulates in some 20 ms.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 impl Rings {
     /// Reads this ring, too.
@@ -49,6 +60,7 @@ impl Rings {
             kept: 0,
             pages: 0,
             overrun: false,
+            refilled: false,
             full_at: None,
         });
         self.vcpus.len() - 1
@@ -85,11 +97,23 @@ impl Rings {
         mut found: impl FnMut(usize, Entry),
         mut reset: impl FnMut() -> io::Result<u64>,
     ) -> io::Result<()> {
-        for (number, vcpu) in self.vcpus.iter_mut().enumerate() {
-            self.unreset += vcpu.collect(|entry| found(number, entry));
-            self.lost |= vcpu.is_full();
+        if self.collect(&mut found) {
+            // A ring that is full may hold one more.
+            self.reset(&mut found, &mut reset)?;
+            self.collect(&mut found);
         }
         self.reset(&mut found, &mut reset)
+    }
+
+    /// Reads all entries that are there; whether any ring was full.
+    fn collect(&mut self, found: &mut impl FnMut(usize, Entry)) -> bool {
+        let mut any_full = false;
+        for (number, vcpu) in self.vcpus.iter_mut().enumerate() {
+            self.unreset += vcpu.collect(|entry| found(number, entry));
+            any_full |= vcpu.is_full();
+        }
+        self.lost |= any_full;
+        any_full
     }
 
     /// The same, for a vCPU that KVM does not run since its ring is full.
@@ -115,57 +139,65 @@ impl Rings {
         Ok(())
     }
 
-    /// Has KVM reset as many entries as were read. A signal that waits for this thread stops it half-way.
+    /// Has KVM reset all entries that were read.
     fn reset(
         &mut self,
         found: &mut impl FnMut(usize, Entry),
         call: &mut impl FnMut() -> io::Result<u64>,
     ) -> io::Result<()> {
-        let (mut vain, mut repairs) = (0, 0);
-        while self.unreset > 0 {
-            match call() {
-                Ok(0) => vain += 1,
-                Ok(count) => {
-                    self.unreset = self.unreset.saturating_sub(count);
-                    vain = 0;
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => vain += 1,
-                Err(error) => return Err(error),
+        let began = Instant::now();
+        let mut vain = 0;
+        while let Some(count) = self.call(call)? {
+            vain = if count == 0 { vain + 1 } else { 0 };
+            let in_time = began.elapsed() < PATIENCE;
+            if self.read_refilled(found) && vain < VAIN && in_time {
+                continue;
             }
-            if vain == ATTEMPTS {
-                // The vCPU may go round again meanwhile, until KVM looks.
-                if repairs == ATTEMPTS || !self.repair(found) {
-                    return Err(TrackError::NotReset { left: self.unreset }.into());
-                }
-                (vain, repairs) = (0, repairs + 1);
+            // Nothing is there that KVM could have stopped at, but for the entry that comes next. Or there always is: then
+            // the vCPU goes round the ring, and KVM has not stopped there each time.
+            let doubtful = self.vcpus.iter().filter(|vcpu| !vcpu.refilled || !in_time);
+            let left = doubtful.map(Vcpu::left).sum();
+            if left > 0 {
+                return Err(TrackError::NotReset { left }.into());
             }
+            break;
         }
-        for vcpu in &mut self.vcpus {
-            vcpu.kept = vcpu.next;
-        }
+        self.unreset = 0;
+        self.vcpus.iter_mut().for_each(Vcpu::forget);
         Ok(())
     }
 
-    /// KVM resets nothing, since the first entry that it should reset is one that it has filled anew: it has gone round the
-    /// ring and overwritten what was read. Reads that; says whether it was so.
-    fn repair(&mut self, found: &mut impl FnMut(usize, Entry)) -> bool {
-        let mut was_so = false;
-        self.unreset = 0;
-        for (number, vcpu) in self.vcpus.iter_mut().enumerate() {
-            let mut index = vcpu.kept;
-            while index != vcpu.next {
-                if let Some(entry) = vcpu.ring.collect(index) {
-                    vcpu.pages += 1;
-                    vcpu.overrun = true;
-                    was_so = true;
-                    found(number, entry);
-                }
-                self.unreset += u64::from(vcpu.ring.look(index) == Mark::Read);
-                index = index.wrapping_add(1);
+    /// Calls until KVM resets nothing more, and says how many entries it has reset. `None` if that is surely all of them: it
+    /// counts those of all rings together, so where none were overwritten, that many can be no others.
+    ///
+    /// A signal that waits for this thread stops KVM half-way.
+    fn call(&mut self, call: &mut impl FnMut() -> io::Result<u64>) -> io::Result<Option<u64>> {
+        let exact = !self.vcpus.iter().any(|vcpu| vcpu.refilled);
+        let (mut all, mut vain) = (0, 0);
+        while vain < ATTEMPTS {
+            if exact && self.unreset == 0 {
+                return Ok(None);
             }
+            let count = match call() {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+                count => count?,
+            };
+            vain = if count == 0 { vain + 1 } else { 0 };
+            all += count;
+            self.unreset = self.unreset.saturating_sub(count);
         }
-        self.lost |= was_so;
-        was_so
+        Ok(Some(all))
+    }
+
+    /// KVM resets nothing more, and that may be since the first entry that it should reset is one that it has filled anew:
+    /// it has gone round a ring and overwritten what was read. Reads that; says whether it was so.
+    fn read_refilled(&mut self, found: &mut impl FnMut(usize, Entry)) -> bool {
+        let mut refilled = false;
+        for (number, vcpu) in self.vcpus.iter_mut().enumerate() {
+            refilled |= vcpu.read_refilled(|entry| found(number, entry));
+        }
+        self.lost |= refilled;
+        refilled
     }
 }
 
@@ -173,17 +205,22 @@ impl Vcpu {
     /// Reads all entries that are there; how many are KVM's to reset now.
     fn collect(&mut self, mut found: impl FnMut(Entry)) -> u64 {
         let mut read = 0;
-        // Entries that were read are not filled again before they are reset: there are no more than this.
-        while self.next.wrapping_sub(self.kept) < self.ring.count() {
+        while !self.is_full() {
             if let Some(entry) = self.ring.collect(self.next) {
                 self.next = self.next.wrapping_add(1);
                 self.pages += 1;
                 read += 1;
                 found(entry);
-            } else if let Some(missing) = self.missing() {
-                read += self.skip(missing);
-            } else if self.ring.look(self.next) != Mark::Filled {
-                break;
+                continue;
+            }
+            match self.ring.look(self.next) {
+                Mark::Filled => {}
+                // Read when it was found out of turn.
+                Mark::Held | Mark::Read => read += self.skip(1),
+                Mark::Free => match self.missing() {
+                    Some(missing) => read += self.skip(missing),
+                    None => break,
+                },
             }
         }
         // KVM leaves some entries free: where none is, it did not stop the vCPU in time.
@@ -191,30 +228,85 @@ impl Vcpu {
         read
     }
 
+    /// Whether all entries were read but the one that KVM must not go past.
     fn is_full(&self) -> bool {
-        self.next.wrapping_sub(self.kept) == self.ring.count()
+        self.next.wrapping_sub(self.kept) == self.ring.count() - 1
     }
 
     /// How many entries come next that KVM counts as filled and that are not. KVM fills in order, so those are it that
-    /// come before one that is filled.
+    /// come before one that is.
     fn missing(&self) -> Option<u32> {
         if !self.overrun {
             return None;
         }
-        let left = self.ring.count() - self.next.wrapping_sub(self.kept);
-        let filled = |&ahead: &u32| self.ring.look(self.next.wrapping_add(ahead)) == Mark::Filled;
-        let missing = (1..left).find(filled)?;
-        // It may have been filled since it was looked at.
-        (self.ring.look(self.next) != Mark::Filled).then_some(missing)
+        let left = self.ring.count() - 1 - self.next.wrapping_sub(self.kept);
+        let was_filled = |&ahead: &u32| {
+            let mark = self.ring.look(self.next.wrapping_add(ahead));
+            matches!(mark, Mark::Filled | Mark::Held)
+        };
+        let mut missing = (0..left).find(was_filled)?;
+        // Entries may have been filled since they were looked at, and then those are the first.
+        while let Some(earlier) = (0..missing).find(was_filled) {
+            missing = earlier;
+        }
+        (missing > 0).then_some(missing)
     }
 
-    /// Has KVM reset so many entries, though nothing is in them.
+    /// Has KVM reset so many entries, though there is nothing in them to be read.
     fn skip(&mut self, count: u32) -> u64 {
         for _ in 0..count {
             self.ring.say_read(self.next);
             self.next = self.next.wrapping_add(1);
         }
         count.into()
+    }
+
+    /// The entries that were read and of which some may not be reset.
+    fn kept(&self) -> impl Iterator<Item = u32> + use<> {
+        let kept = self.kept;
+        (0..self.next.wrapping_sub(kept)).map(move |ahead| kept.wrapping_add(ahead))
+    }
+
+    /// Whether KVM surely has reset all of them, in order: the last one is free.
+    fn is_reset(&self) -> bool {
+        let last = self.next.wrapping_sub(1);
+        self.kept == self.next || self.ring.look(last) == Mark::Free
+    }
+
+    /// Reads those that KVM has filled anew, be it before it reset them or afterwards; whether there were any.
+    fn read_refilled(&mut self, mut found: impl FnMut(Entry)) -> bool {
+        if self.is_reset() {
+            return false;
+        }
+        let mut any = false;
+        for index in self.kept() {
+            if let Some(entry) = self.ring.collect(index) {
+                self.pages += 1;
+                any = true;
+                found(entry);
+            }
+        }
+        self.overrun |= any;
+        self.refilled |= any;
+        any
+    }
+
+    /// How many of them KVM has not reset.
+    fn left(&self) -> u64 {
+        if self.is_reset() {
+            return 0;
+        }
+        let unreset = |&index: &u32| self.ring.look(index) != Mark::Free;
+        self.kept().filter(unreset).count() as u64
+    }
+
+    /// All of them are reset. Those that were filled anew afterwards, and read, have their turn when KVM has gone round.
+    fn forget(&mut self) {
+        if self.refilled {
+            self.kept().for_each(|index| self.ring.hold(index));
+        }
+        self.refilled = false;
+        self.kept = self.next;
     }
 }
 

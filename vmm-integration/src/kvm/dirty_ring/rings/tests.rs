@@ -64,8 +64,13 @@ impl Kernel {
     }
 
     fn reset(&self) -> u64 {
+        self.reset_some(u64::MAX)
+    }
+
+    /// The same, up to `most` entries.
+    fn reset_some(&self, most: u64) -> u64 {
         let mut count = 0;
-        while self.flags(self.reset.get()) & 2 != 0 {
+        while count < most && self.flags(self.reset.get()) & 2 != 0 {
             self.set_flags(self.reset.get(), 0);
             self.reset.set(self.reset.get() + 1);
             count += 1;
@@ -220,25 +225,81 @@ fn a_vcpu_that_is_not_there_has_no_room_made_for_it() {
         .unwrap();
 }
 
-/// What the world does to rings.
+/// What the world does to rings: here and below, an index is that of a vCPU.
 #[derive(Debug, Clone)]
 enum Step {
-    /// The vCPU writes so many pages.
-    Write(u64),
-    /// A take, while the vCPU writes so many.
-    Take(u64),
+    /// A vCPU writes so many pages.
+    Write(usize, u64),
+    /// A take; whenever KVM is called, the next of these happen first.
+    Take(Vec<Meanwhile>),
     /// A take at which KVM fails.
     Failing,
 }
 
+/// What happens while entries are reset.
+#[derive(Debug, Clone)]
+enum Meanwhile {
+    /// A vCPU writes so many pages.
+    Write(usize, u64),
+    /// A signal stops KVM after so many entries.
+    Signal(u64),
+}
+
+fn writes() -> impl Strategy<Value = u64> {
+    prop_oneof![4 => 0..40_u64, 1 => 0..700_u64]
+}
+
 fn step() -> impl Strategy<Value = Step> {
+    let meanwhile = prop_oneof![
+        (0..2_usize, writes()).prop_map(|(vcpu, count)| Meanwhile::Write(vcpu, count)),
+        (0..300_u64).prop_map(Meanwhile::Signal),
+    ];
     prop_oneof![
-        4 => (0..40_u64).prop_map(Step::Write),
-        1 => (0..700_u64).prop_map(Step::Write),
-        4 => (0..40_u64).prop_map(Step::Take),
-        1 => (0..400_u64).prop_map(Step::Take),
+        5 => (0..2_usize, writes()).prop_map(|(vcpu, count)| Step::Write(vcpu, count)),
+        5 => prop::collection::vec(meanwhile, 0..8).prop_map(Step::Take),
         1 => Just(Step::Failing),
     ]
+}
+
+/// Two vCPUs that KVM emulates: it looks whether a ring has room only before it begins to.
+struct World {
+    kernels: [Kernel; 2],
+    /// Written and not told.
+    untold: RefCell<BTreeSet<u64>>,
+    page: Cell<u64>,
+}
+
+impl World {
+    /// What KVM does of this while nobody makes room.
+    fn write(&self, vcpu: usize, count: u64) {
+        let kernel = &self.kernels[vcpu];
+        if kernel.is_full() {
+            return;
+        }
+        for _ in 0..count {
+            self.untold.borrow_mut().insert(self.page.get());
+            kernel.push(0, self.page.get());
+            self.page.set(self.page.get() + 1);
+        }
+    }
+
+    fn tell(&self, entry: Entry) {
+        self.untold.borrow_mut().remove(&entry.page);
+    }
+
+    fn reset(&self, most: u64) -> u64 {
+        let mut left = most;
+        for kernel in &self.kernels {
+            left -= kernel.reset_some(left);
+        }
+        most - left
+    }
+
+    /// No ring may be reset beyond what it was filled to, or it counts as full for ever.
+    fn is_sound(&self) -> bool {
+        let mut kernels = self.kernels.iter();
+        kernels.all(|kernel| kernel.reset.get() <= kernel.filled.get())
+    }
 }
 
 proptest! {
@@ -246,52 +307,53 @@ proptest! {
     fn what_a_vcpu_wrote_is_told_or_said_to_be_lost_and_it_always_runs_again(
         steps in prop::collection::vec(step(), 0..60),
     ) {
-        let kernel = Kernel::new();
-        let mut rings = rings(&kernel);
-        // Written and not told.
-        let untold = RefCell::new(BTreeSet::new());
-        let page = Cell::new(0);
-        let write = |count: u64| {
-            for _ in 0..count {
-                untold.borrow_mut().insert(page.get());
-                kernel.push(0, page.get());
-                page.set(page.get() + 1);
-            }
+        let world = World {
+            kernels: [Kernel::new(), Kernel::new()],
+            untold: RefCell::default(),
+            page: Cell::new(0),
         };
-        let tell = |_: usize, entry: Entry| {
-            untold.borrow_mut().remove(&entry.page);
-        };
+        let mut rings = Rings::default();
+        for kernel in &world.kernels {
+            rings.add(kernel.map());
+        }
+        let tell = |_: usize, entry: Entry| world.tell(entry);
         for step in steps {
             match step {
-                Step::Write(count) => {
+                Step::Write(vcpu, count) => {
                     let mut attempts = 0;
-                    while kernel.is_full() {
+                    while world.kernels[vcpu].is_full() {
                         attempts += 1;
                         prop_assert!(attempts < 50, "the vCPU never runs again");
-                        rings.make_room(0, tell, || Ok(kernel.reset())).unwrap();
+                        rings.make_room(vcpu, tell, || Ok(world.reset(u64::MAX))).unwrap();
                     }
-                    write(count);
+                    world.write(vcpu, count);
                 }
                 Step::Take(meanwhile) => {
-                    let before = page.get();
-                    let mut left = meanwhile;
+                    let before = world.page.get();
+                    let mut meanwhile = meanwhile.into_iter();
                     let reset = || {
-                        write(std::mem::take(&mut left));
-                        Ok(kernel.reset())
+                        match meanwhile.next() {
+                            Some(Meanwhile::Write(vcpu, count)) => world.write(vcpu, count),
+                            Some(Meanwhile::Signal(most)) => return Ok(world.reset(most)),
+                            None => {}
+                        }
+                        Ok(world.reset(u64::MAX))
                     };
                     rings.harvest(tell, reset).unwrap();
                     if rings.lost() {
-                        untold.borrow_mut().clear();
+                        world.untold.borrow_mut().clear();
                         rings.found_again();
                     }
-                    let old = untold.borrow().range(..before).count();
+                    let old = world.untold.borrow().range(..before).count();
                     prop_assert_eq!(old, 0, "written before the take and not told by it");
                 }
                 Step::Failing => {
-                    // Nothing to reset is no failure.
-                    let _ = rings.harvest(tell, || Ok(0));
+                    // With nothing to reset KVM is not called.
+                    let failed = || Err(io::Error::other("no VM"));
+                    let _ = rings.harvest(tell, failed);
                 }
             }
+            prop_assert!(world.is_sound(), "reset beyond what was filled");
         }
     }
 }
