@@ -3,10 +3,12 @@
 //! Addresses are `u64`, not pointers: they belong to the process whose memory the descriptor was made in, and only
 //! the kernel follows them.
 
+mod create;
 mod event;
 mod features;
 mod initialised;
 
+pub use create::{Scope, unused};
 pub use event::Event;
 pub use features::Features;
 pub use initialised::Pages;
@@ -21,7 +23,6 @@ use linux_raw_sys::general as raw;
 use linux_raw_sys::ioctl;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
-use rustix::mm::UserfaultfdFlags;
 
 /// A userfaultfd that has agreed on its features. Never blocks; closing it releases every registration, wakes who
 /// waits, and lifts all write protection.
@@ -29,17 +30,6 @@ use rustix::mm::UserfaultfdFlags;
 pub struct Uffd {
     fd: OwnedFd,
     features: Features,
-}
-
-/// Whose faults a userfaultfd of this process may handle.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Scope {
-    /// Also those of the kernel on behalf of the process (KVM, vhost, `read` into the memory). Needs
-    /// `CAP_SYS_PTRACE` or `vm.unprivileged_userfaultfd=1`.
-    UserAndKernel,
-    /// Only those of user code: needs no privilege. A system call that faults fails with `EFAULT`. Asynchronous
-    /// write protection is not concerned: the kernel's writes are tracked all the same.
-    UserModeOnly,
 }
 
 /// What is to be reported of a range.
@@ -435,29 +425,10 @@ impl AsFd for Uffd {
 /// If this process may not make a userfaultfd at all.
 pub fn offered() -> io::Result<Features> {
     let uffd = Uffd {
-        fd: new_descriptor(Scope::UserModeOnly)?,
+        fd: unused(Scope::UserModeOnly)?,
         features: Features::none(),
     };
     Ok(uffd.handshake(Features::none())?)
-}
-
-/// A userfaultfd of this process that nobody has agreed with on features: to be handed to who serves the faults, who
-/// [adopts](Uffd::adopt) it.
-///
-/// # Errors
-/// As [`Uffd::create`].
-pub fn unused(scope: Scope) -> io::Result<OwnedFd> {
-    new_descriptor(scope).map_err(|errno| match errno {
-        Errno::PERM => io::Error::new(
-            io::ErrorKind::PermissionDenied,
-            "userfaultfd for kernel faults needs CAP_SYS_PTRACE, or the sysctl vm.unprivileged_userfaultfd=1",
-        ),
-        Errno::NOSYS => io::Error::new(
-            io::ErrorKind::Unsupported,
-            "the kernel was built without userfaultfd (CONFIG_USERFAULTFD)",
-        ),
-        errno => errno.into(),
-    })
 }
 
 /// Whether a descriptor, which may have come from anybody, is one of a userfaultfd. Asks the descriptor's file nothing.
@@ -465,16 +436,6 @@ pub fn unused(scope: Scope) -> io::Result<OwnedFd> {
 pub fn is_userfaultfd(fd: BorrowedFd<'_>) -> bool {
     let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
     std::fs::read_link(link).is_ok_and(|name| name.as_os_str() == "anon_inode:[userfaultfd]")
-}
-
-fn new_descriptor(scope: Scope) -> Result<OwnedFd, Errno> {
-    let mut flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
-    if scope == Scope::UserModeOnly {
-        flags |= UserfaultfdFlags::from_bits_retain(raw::UFFD_USER_MODE_ONLY);
-    }
-    // SAFETY: the call makes a descriptor and touches no memory; what `Uffd` lets its users do with it is argued at
-    // its ioctl.
-    unsafe { rustix::mm::userfaultfd(flags) }
 }
 
 fn raw_range(range: &Range<u64>) -> io::Result<raw::uffdio_range> {
