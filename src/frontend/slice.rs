@@ -92,8 +92,8 @@ pub struct SliceOptions {
     pub read_ahead: u64,
     /// What becomes of who waits in vain. By default they are killed after 30 s.
     pub failure: Failure,
-    /// Whose faults are served: `None` means the kernel's too (`read` into the memory, KVM) if this process may, which takes
-    /// `CAP_SYS_PTRACE` or the sysctl `vm.unprivileged_userfaultfd=1`, else those of programs alone.
+    /// Whose faults are served: `None` means the kernel's too (`read` into the memory, KVM) if this process may, which takes what
+    /// [`Scope::UserAndKernel`] says, else those of programs alone.
     pub scope: Option<Scope>,
     /// Nothing is written back, and nothing that is written is taken note of.
     pub read_only: bool,

@@ -8,7 +8,7 @@ mod event;
 mod features;
 mod initialised;
 
-pub use create::{Scope, unused};
+pub use create::{CreateError, Scope, unused};
 pub use event::Event;
 pub use features::Features;
 pub use initialised::Pages;
@@ -89,8 +89,8 @@ impl Uffd {
     /// Makes a userfaultfd for the memory of this process, with `features`.
     ///
     /// # Errors
-    /// [`io::ErrorKind::PermissionDenied`] without the privilege that `scope` needs; a [`FeatureError`] inside if the
-    /// kernel lacks a feature.
+    /// A [`CreateError`] inside, of kind [`io::ErrorKind::PermissionDenied`], without what `scope` needs; a
+    /// [`FeatureError`] inside if the kernel lacks a feature.
     pub fn create(scope: Scope, features: Features) -> io::Result<Self> {
         let fd = unused(scope)?;
         Self::adopt(fd, features)
