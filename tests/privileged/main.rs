@@ -13,4 +13,5 @@ mod slice;
 mod storages;
 mod trackers;
 mod uffd_handler;
+mod userfaultfd;
 mod victim;

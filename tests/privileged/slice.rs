@@ -24,7 +24,7 @@ const SOCKET: &str = "MEMFERRY_SLICE_SOCKET";
 const PAGE: u64 = 4096;
 const PAGES: u64 = 100;
 
-fn region() -> Arc<dyn Storage> {
+pub(crate) fn region() -> Arc<dyn Storage> {
     let storage = MemoryStorage::new(PAGES * PAGE);
     for page in 0..PAGES {
         let bytes = [u8::try_from(page + 1).unwrap(); 4096];
@@ -41,7 +41,7 @@ fn options() -> SliceOptions {
 }
 
 /// The first byte of a page, as any program loads it.
-fn first_byte(slice: &Slice, page: u64) -> u8 {
+pub(crate) fn first_byte(slice: &Slice, page: u64) -> u8 {
     let at = usize::try_from(page * PAGE).unwrap();
     // SAFETY: within the memory, which lives as long as `slice`.
     let pointer = unsafe { slice.as_ptr().add(at) };
@@ -159,7 +159,7 @@ fn a_forked_child_has_none_of_the_memory_and_its_parent_all() {
 }
 
 /// What `read` says of a page of the slice that is absent.
-fn read_into(slice: &Slice, page: u64) -> io::Result<isize> {
+pub(crate) fn read_into(slice: &Slice, page: u64) -> io::Result<isize> {
     let (mut ours, theirs) = UnixStream::pair().unwrap();
     io::Write::write_all(&mut ours, &[99; 10]).unwrap();
     let at = usize::try_from(page * PAGE).unwrap();

@@ -178,6 +178,9 @@ extern "C" fn instead_of_main() {
     if let Ok(what) = std::env::var(crate::uffd_handler::ROLE) {
         crate::uffd_handler::be_a_vmm(&what);
     }
+    if let Ok(role) = std::env::var(crate::userfaultfd::ROLE) {
+        crate::userfaultfd::try_without_privilege(&role);
+    }
     #[cfg(feature = "fuse")]
     if let Some(at) = std::env::var_os(crate::fuse::MOUNT_AT) {
         crate::fuse::serve_until_killed(at.as_ref());
@@ -459,7 +462,7 @@ fn count_signals(counter: &Counter) -> ! {
 }
 
 /// Installs a filter that answers userfaultfd with `answer`.
-fn filter_userfaultfd(answer: u32) {
+pub(crate) fn filter_userfaultfd(answer: u32) {
     let step = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
     let mut filter = [
         step(0x20, 0, 0, 0),
