@@ -25,7 +25,7 @@ static ZEROS: [u8; 2 << 20] = [0; 2 << 20];
 ///
 /// Any memory of `vm-memory` whose regions have host addresses: anonymous, or mapped *shared* from a file. All of it is emptied
 /// when a migration begins. With post-copy, an access to what has not come is a fault of userfaultfd; KVM's accesses are the kernel's, so that
-/// needs `CAP_SYS_PTRACE` or the sysctl `vm.unprivileged_userfaultfd=1`.
+/// needs what [`Scope::UserAndKernel`] says.
 ///
 /// If the source is lost before all has come, what is missing stays so, also when this value is dropped: who accesses it waits
 /// until the process ends, and never reads zeros in its place.
@@ -50,11 +50,10 @@ pub enum ArrivingError {
     },
     /// There can be no userfaultfd.
     #[error(
-        "pages that have not come cannot be waited for, so post-copy is impossible: {source}. Grant CAP_SYS_PTRACE, set the sysctl \
-         vm.unprivileged_userfaultfd=1, or forbid post-copy"
+        "pages that have not come cannot be waited for, so post-copy is impossible: {source}; or forbid post-copy"
     )]
     NoFaults {
-        /// What the kernel says.
+        /// Why, and what would allow it.
         source: io::Error,
     },
 }

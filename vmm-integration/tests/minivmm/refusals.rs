@@ -115,22 +115,38 @@ fn the_state_of_another_version_is_refused_before_anything_is_copied() {
     assert!(error.contains(expected), "{error}");
 }
 
-/// `CAP_SYS_PTRACE` is what it takes, unless the sysctl allows it to everybody.
+/// A machine that waits, as root without `CAP_SYS_PTRACE`; `prepared` by a script of the shell that has mounts of its own.
+fn awaiting_without_the_privilege(prepared: &str) -> Vmm {
+    let allowed = std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").unwrap();
+    assert_eq!(allowed.trim(), "0", "on this machine everybody may");
+    let script =
+        format!("set -e; {prepared}; exec setpriv --bounding-set -sys_ptrace \"$0\" \"$@\"");
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", &script]);
+    command.arg(Vmm::command().get_program());
+    Vmm::awaiting_in(Shape::default(), command)
+}
+
+/// Root may open its devices, but for those on a file system where there are none.
+const WITHOUT_DEVICE: &str = "device=/dev/userfaultfd; if [ -e $device ]; then mount --bind $device $device; \
+                              mount -o remount,bind,nodev $device; fi";
+
 #[test]
 #[ignore = "kvm: needs /dev/kvm, and root to give up a privilege"]
 fn who_may_not_watch_memory_is_told_what_would_allow_it_and_receives_without_post_copy() {
-    let allowed = std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").unwrap();
-    assert_eq!(allowed.trim(), "0", "on this machine everybody may");
-    let mut command = Command::new("setpriv");
-    command.args(["--bounding-set", "-sys_ptrace"]);
-    command.arg(Vmm::command().get_program());
-    let destination = Vmm::awaiting_in(Shape::default(), command);
+    let destination = awaiting_without_the_privilege(WITHOUT_DEVICE);
     let listen = "127.0.0.1:0";
     let error = destination
         .ask(&json!({"do": "receive", "listen": listen}))
         .unwrap_err();
-    assert!(error.contains("CAP_SYS_PTRACE"), "{error}");
-    assert!(error.contains("vm.unprivileged_userfaultfd=1"), "{error}");
+    for way in [
+        "CAP_SYS_PTRACE",
+        "vm.unprivileged_userfaultfd=1",
+        "read access to /dev/userfaultfd",
+        "forbid post-copy",
+    ] {
+        assert!(error.contains(way), "{way} is not in: {error}");
+    }
 
     let source = Vmm::boot(Shape::default(), TinyGuest::stomper(64), 16);
     let (pairing, receiving) = destination.receive_as(&json!({
@@ -140,5 +156,18 @@ fn who_may_not_watch_memory_is_told_what_would_allow_it_and_receives_without_pos
     let sent = source.migrate(&pairing, &plan).end(|_| {}).unwrap();
     receiving.end(|_| {}).unwrap();
     assert_eq!(sent["post_copy"], false);
+    assert_eq!(destination.stage(), "running");
+}
+
+#[test]
+#[ignore = "kvm: needs /dev/kvm, /dev/userfaultfd (Linux 6.1), and root to give up a privilege"]
+fn who_may_open_the_device_receives_by_post_copy_without_the_privilege() {
+    let destination = awaiting_without_the_privilege("true");
+    let source = Vmm::boot(Shape::default(), TinyGuest::stomper(64), 16);
+    let (pairing, receiving) = destination.receive("127.0.0.1:0");
+    let plan = json!({"post_copy": "after-one-pass"});
+    let sent = source.migrate(&pairing, &plan).end(|_| {}).unwrap();
+    receiving.end(|_| {}).unwrap();
+    assert_eq!(sent["post_copy"], true);
     assert_eq!(destination.stage(), "running");
 }
