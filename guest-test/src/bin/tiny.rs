@@ -37,6 +37,8 @@ enum Kind {
     Registers,
     /// Touches pages that nobody has touched
     Toucher,
+    /// Marks pages on its first processor
+    Marker,
 }
 
 fn main() -> Result<()> {
@@ -52,6 +54,11 @@ fn main() -> Result<()> {
         Kind::Pit => timer(Timer::Pit),
         Kind::Registers => TinyGuest::Registers { idle },
         Kind::Toucher => TinyGuest::Toucher {
+            pages,
+            base: FREE,
+            idle,
+        },
+        Kind::Marker => TinyGuest::Marker {
             pages,
             base: FREE,
             idle,

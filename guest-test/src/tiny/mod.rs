@@ -50,6 +50,15 @@ pub enum TinyGuest {
         /// How much it does nothing in each tick.
         idle: u64,
     },
+    /// Marks pages, a word of each, in order: on the first processor alone. The others write nothing.
+    Marker {
+        /// How many pages.
+        pages: u64,
+        /// Where they begin.
+        base: u64,
+        /// How much it does nothing in each tick.
+        idle: u64,
+    },
 }
 
 /// Which timer interrupts.
@@ -102,6 +111,7 @@ impl TinyGuest {
             }
             Self::Registers { idle } => vec![2, every, idle],
             Self::Toucher { pages, base, idle } => vec![3, pages, base, every, idle],
+            Self::Marker { pages, base, idle } => vec![4, pages, base, every, idle],
         }
     }
 }

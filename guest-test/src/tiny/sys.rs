@@ -18,6 +18,7 @@ global_asm!(
     include_str!("guests/print.s"),
     include_str!("guests/stomper.s"),
     include_str!("guests/toucher.s"),
+    include_str!("guests/marker.s"),
     include_str!("guests/registers.s"),
     include_str!("guests/timer.s"),
     ".globl memferry_tiny_guests_end",

@@ -31,6 +31,8 @@
     je .Lregisters
     cmp rax, 3
     je .Ltoucher
+    cmp rax, 4
+    je .Lmarker
     mov al, 1
     out 0xf4, al
     hlt
