@@ -159,6 +159,9 @@ pub(crate) struct Plan {
     /// After so many rounds pre-copy has had its chance
     #[arg(long, value_name = "N", default_value_t = 30)]
     pub(crate) rounds: u32,
+    /// Slow the guest down if it writes faster than its memory can be sent, where there is no post-copy
+    #[arg(long)]
+    pub(crate) throttle: bool,
     /// When the copies are compared
     #[arg(long, value_enum, default_value = "after")]
     pub(crate) verify: VerifyChoice,
@@ -182,6 +185,7 @@ impl Default for Plan {
             post_copy: PostCopyChoice::Auto,
             downtime: 60,
             rounds: 30,
+            throttle: false,
             verify: VerifyChoice::After,
             bandwidth: None,
             lanes: 2,

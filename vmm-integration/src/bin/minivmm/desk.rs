@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use memferry::migrate::{Cancel, Progress};
 use serde_json::{Value, json};
+use vmm_integration::Throttle;
 
 use crate::args::Plan;
 use crate::machine::{Ending, Machine, MachineError};
@@ -132,10 +133,14 @@ impl Desk {
             .iter()
             .map(ToString::to_string)
             .collect();
+        let throttles = self.machine.throttles().into_iter();
+        let throttles: Vec<u8> = throttles.map(Throttle::as_percent).collect();
         json!({
             "stage": stage.name(),
             "cpus": cpus,
             "exits": self.machine.exits(),
+            "throttle": throttles,
+            "dirty_rate": self.machine.dirty_rates(),
             "tsc_khz": self.machine.tsc_khz(),
             "advice": advice,
         })

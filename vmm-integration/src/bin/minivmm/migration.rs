@@ -15,7 +15,7 @@ use serde_json::Value;
 use vmm_integration::{Arrival, ArrivingError, ArrivingRam, Departure};
 
 use crate::args::{Plan, PostCopyChoice};
-use crate::machine::{Guest, Machine, MachineError, Memory};
+use crate::machine::{Guest, Machine, MachineError, Memory, Throttling};
 
 /// How long the source may take to come once it has begun to.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -85,6 +85,10 @@ pub(crate) fn send(
     };
     if plan.post_copy == PostCopyChoice::AtOnce {
         departure = departure.at_once();
+    }
+    if plan.throttle {
+        let mut throttling = Throttling::new(machine);
+        departure = departure.throttling(move |policy| throttling.follow(policy));
     }
     match departure.run(&session, &mut Guest::leaving(machine, runs)) {
         Ok(SeedOutcome::Moved(report)) => {

@@ -8,10 +8,12 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_integration::Throttle;
 use vmm_integration::kvm::DirtyRing;
 use vmm_sys_util::signal::Killable;
 
 use super::ports::{Ports, Request};
+use super::slices::{Slice, Slices};
 use crate::sys::{self, Kickable};
 
 /// How long a processor may wait for room in its dirty ring. A take makes some every now and then.
@@ -21,12 +23,14 @@ const PATIENCE: Duration = Duration::from_secs(30);
 #[derive(Debug)]
 pub(crate) struct Cpus {
     shared: Arc<Shared>,
-    threads: Vec<JoinHandle<()>>,
 }
 
 struct Shared {
     /// Held by its thread while that is in the guest.
     cpus: Vec<Mutex<VcpuFd>>,
+    /// Of all processors, to kick them.
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    slices: Slices,
     ports: Arc<Ports>,
     /// Of all processors, by their numbers; each has to make room in its own.
     rings: Option<Arc<DirtyRing>>,
@@ -126,21 +130,24 @@ impl Cpus {
             changed: Condvar::new(),
             leave: AtomicBool::new(true),
             exits: cpus.iter().map(|_| AtomicU64::new(0)).collect(),
+            threads: Mutex::new(Vec::new()),
+            slices: Slices::new(cpus.len()),
             cpus: cpus.into_iter().map(Mutex::new).collect(),
             ports,
             rings,
             ended: Box::new(ended),
         });
-        let mut made = Self {
+        let made = Self {
             shared: Arc::clone(&shared),
-            threads: Vec::new(),
         };
         for index in 0..shared.cpus.len() {
-            let shared = Arc::clone(&shared);
+            let serving = Arc::clone(&shared);
             let thread = thread::Builder::new().name(format!("cpu{index}"));
-            made.threads
-                .push(thread.spawn(move || shared.serve(index))?);
+            let thread = thread.spawn(move || serving.serve(index))?;
+            shared.threads().push(thread);
         }
+        let slices = thread::Builder::new().name("slices".into());
+        slices.spawn(move || shared.slices.keep(|index| shared.kick(index)))?;
         Ok(made)
     }
 
@@ -155,7 +162,7 @@ impl Cpus {
     /// Those that did not stop by `deadline`. They stop when they can, unless [`run`](Self::run) is called.
     pub(crate) fn stand(&self, deadline: Instant) -> Result<(), Busy> {
         self.shared.wish(Wish::Stand);
-        self.kick();
+        self.shared.kick_all();
         let mut table = self.shared.table();
         while table.standing.contains(&Standing::Runs) {
             let now = Instant::now();
@@ -173,12 +180,16 @@ impl Cpus {
         Ok(())
     }
 
-    /// Makes every processor leave the guest and look what is wished.
-    fn kick(&self) {
-        for thread in &self.threads {
-            // It fails for a thread that has ended, which needs no kick.
-            let _ = thread.kill(sys::kick_signal());
-        }
+    /// Slows each of them down so far from now on. Those that stand go on to stand.
+    pub(crate) fn throttle(&self, throttles: &[Throttle]) {
+        self.shared.slices.set(throttles);
+        // One that is in the guest has no slice that ends.
+        self.shared.kick_all();
+    }
+
+    /// How far each of them is slowed down.
+    pub(crate) fn throttles(&self) -> Vec<Throttle> {
+        self.shared.slices.throttles()
     }
 
     /// How many there are.
@@ -208,7 +219,8 @@ impl Drop for Cpus {
     /// Ends the threads; one that is held up in the kernel is left behind, and ends with what holds it up.
     fn drop(&mut self) {
         self.shared.wish(Wish::End);
-        self.kick();
+        self.shared.slices.end();
+        self.shared.kick_all();
     }
 }
 
@@ -221,6 +233,23 @@ impl Shared {
         self.table().wish = wish;
         self.leave.store(wish != Wish::Run, Ordering::SeqCst);
         self.changed.notify_all();
+        self.slices.interrupt();
+    }
+
+    fn threads(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes a processor leave the guest and look what is wished.
+    fn kick(&self, index: usize) {
+        if let Some(thread) = self.threads().get(index) {
+            // It fails for a thread that has ended, which needs no kick.
+            let _ = thread.kill(sys::kick_signal());
+        }
+    }
+
+    fn kick_all(&self) {
+        (0..self.cpus.len()).for_each(|index| self.kick(index));
     }
 
     /// What a processor's thread does.
@@ -258,7 +287,9 @@ impl Shared {
         // A guest that reads KVM's clock is told that it stood still, lest its watchdog think that it hung; another one cannot be.
         let _ = kickable.cpu().kvmclock_ctrl();
         let mut full_since = None;
+        let mut slice = Slice::default();
         loop {
+            self.slices.rest(index, &mut slice, &self.leave);
             let leave = self.leave.load(Ordering::SeqCst);
             if leave {
                 // KVM finishes what the last exit began, a read from a port for example, when the guest is entered again: it has to,

@@ -2,13 +2,17 @@
 
 mod cpu;
 mod guest;
+mod meter;
 mod ports;
 mod save;
+mod slices;
+mod throttling;
 mod traits;
 
 pub(crate) use cpu::{Busy, Ending, Standing};
 pub(crate) use guest::Guest;
 pub(crate) use ports::{Console, Request};
+pub(crate) use throttling::Throttling;
 use traits::compare;
 
 use std::io;
@@ -22,12 +26,13 @@ use memferry::dirty::{DirtyTracker, Union};
 use vm_memory::GuestMemoryMmap;
 use vm_memory::bitmap::AtomicBitmap;
 use vmm_integration::kvm::{DirtyLog, DirtyRing, Slot, Slots, SlotsError};
-use vmm_integration::{MemoryError, RamBuilder, VmmWrites, VmmWritesError};
+use vmm_integration::{MemoryError, RamBuilder, Throttle, VmmWrites, VmmWritesError};
 
 use crate::args::Tracking;
 use crate::boot::{BootError, Loaded};
 use crate::state::{MachineState, StateError};
 use cpu::Cpus;
+use meter::Meter;
 use ports::{Interrupt, Ports};
 
 /// Where Intel processors keep what they need to run real mode; in the hole, where nothing else is.
@@ -62,7 +67,7 @@ pub(crate) struct Machine {
     /// Where KVM has it.
     slots: Arc<Slots>,
     /// The rings of the processors, if it is they that tell of writes.
-    rings: Option<Arc<DirtyRing>>,
+    meter: Option<Arc<Meter>>,
     /// What the guest is told of each of its processors.
     told: Vec<CpuId>,
     tsc_khz: u32,
@@ -246,7 +251,7 @@ impl Machine {
             vm,
             memory,
             slots,
-            rings,
+            meter: rings.map(|rings| Arc::new(Meter::new(rings))),
             msrs: msrs.as_slice().to_vec(),
             chips: true,
         })
@@ -259,8 +264,8 @@ impl Machine {
 
     /// What tells of writes to each region of its memory, by the guest and by this program.
     pub(crate) fn trackers(&self) -> Result<Vec<Arc<dyn DirtyTracker>>, MachineError> {
-        let guest: Vec<Arc<dyn DirtyTracker>> = match &self.rings {
-            Some(rings) => DirtyRing::trackers(rings),
+        let guest: Vec<Arc<dyn DirtyTracker>> = match &self.meter {
+            Some(meter) => Meter::trackers(meter),
             None => {
                 let logs = DirtyLog::regions(&self.slots, ChunkSize::PAGE);
                 let logs = system("reading KVM's dirty log", logs)?;
@@ -292,6 +297,21 @@ impl Machine {
     /// How often each of its processors has left the guest.
     pub(crate) fn exits(&self) -> Vec<u64> {
         self.cpus.exits()
+    }
+
+    /// How far each of its processors is slowed down.
+    pub(crate) fn throttles(&self) -> Vec<Throttle> {
+        self.cpus.throttles()
+    }
+
+    /// Bytes a second that each of its processors writes; `None` if it has no rings to tell that, or nothing is tracked.
+    pub(crate) fn dirty_rates(&self) -> Option<Vec<u64>> {
+        self.meter.as_ref()?.rates()
+    }
+
+    /// Slows each of its processors down so far.
+    fn throttle(&self, throttles: &[Throttle]) {
+        self.cpus.throttle(throttles);
     }
 
     /// Lets it run.
