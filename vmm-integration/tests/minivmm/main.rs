@@ -8,4 +8,5 @@ mod linux;
 mod migration;
 mod namespaces;
 mod refusals;
+mod throttling;
 mod vmm;
