@@ -1,9 +1,9 @@
 //! How long a guest of `minivmm` stands still when it moves.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use guest_test::tiny::TinyGuest;
-use guest_test::tiny::report::Logbook;
 use serde_json::{Value, json};
 
 #[path = "../../tests/minivmm/vmm.rs"]
@@ -11,15 +11,21 @@ mod vmm;
 
 use vmm::{Shape, Vmm, migrate};
 
+use crate::listener::Listener;
+
 /// Pages that the guest writes all the time: 8 MiB.
 const WORKING_SET: u64 = 2048;
 /// The longest blackout that is aimed at where all has to be sent before the guest runs on, in milliseconds.
 const DOWNTIME: u64 = 20;
+/// How often the guest prints a line: each takes it some 2 ms.
+const EVERY: u64 = 8;
 
 /// What some migrations took, in milliseconds.
 #[derive(Debug, Default)]
 pub(crate) struct Blackouts {
     told: Vec<f64>,
+    seen: Vec<f64>,
+    between: Vec<f64>,
     total: Vec<f64>,
 }
 
@@ -34,19 +40,25 @@ impl Blackouts {
             filled: usize::try_from(memory << 20).unwrap() / 4 * 3,
             ..Shape::default()
         };
-        let mut here = Vmm::boot(shape, TinyGuest::stomper(WORKING_SET), 64);
-        let mut book = Logbook::default();
+        let mut listener = Listener::new();
+        let console = listener.path();
+        let console = ["--console", console.to_str().unwrap()];
+        let guest = TinyGuest::stomper(WORKING_SET);
+        let mut here = Vmm::boot_in(shape, guest, EVERY, Vmm::command(), &console);
         let mut blackouts = Self::default();
         let plan = json!({"post_copy": post_copy, "downtime": DOWNTIME, "verify": "after"});
-        here.read_until(&mut book, "the guest runs", |book| book.lines() > 1);
         for _ in 0..migrations {
-            let mut there = Vmm::awaiting(shape);
+            let there = Vmm::awaiting_in(shape, Vmm::command(), &console);
+            blackouts
+                .between
+                .extend(listener.hear(100).into_iter().map(millis));
             let (sent, _) = migrate(&here, &there, &plan);
-            here.read_console(&mut book);
-            let before = book.lines();
-            there.read_until(&mut book, "the guest runs there", |book| {
-                book.lines() > before
-            });
+            // Of the source, of the destination, and what lies between.
+            let mut silences = listener.catch_up();
+            silences.extend(listener.hear(10));
+            blackouts
+                .seen
+                .extend(silences.into_iter().max().map(millis));
             blackouts.told.push(seconds(&sent, "blackout") * 1e3);
             blackouts.total.push(seconds(&sent, "total"));
             here = there;
@@ -59,10 +71,25 @@ impl Blackouts {
         at(&self.told, percent)
     }
 
+    /// In milliseconds: the longest silence of the console while the guest moved that so many percent do not exceed. It has a line,
+    /// as it is printed, in it, and the first faults.
+    pub(crate) fn seen(&self, percent: usize) -> f64 {
+        at(&self.seen, percent)
+    }
+
+    /// In milliseconds: the median time from line to line of a guest that nobody moves.
+    pub(crate) fn between(&self) -> f64 {
+        at(&self.between, 50)
+    }
+
     /// In seconds: the median of whole migrations.
     pub(crate) fn total(&self) -> f64 {
         at(&self.total, 50)
     }
+}
+
+fn millis(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
 }
 
 fn at(figures: &[f64], percent: usize) -> f64 {

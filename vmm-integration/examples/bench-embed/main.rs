@@ -11,6 +11,7 @@
 #![allow(dead_code, reason = "the machines are those of the tests")]
 
 mod blackout;
+mod listener;
 #[path = "../../tests/trackers/machine.rs"]
 mod machine;
 #[path = "../../tests/trackers/measure.rs"]
@@ -98,13 +99,18 @@ fn main() -> std::process::ExitCode {
         let blackouts = Blackouts::measure(arguments.memory, migrations, post_copy);
         let (p50, p99) = (blackouts.percentile(50), blackouts.percentile(99));
         eprintln!(
-            "{name}: {migrations} migrations of {} MiB, blackout p50 {p50:.1} ms, p99 {p99:.1} ms; {:.2} s each",
+            "{name}: {migrations} migrations of {} MiB, blackout p50 {p50:.1} ms, p99 {p99:.1} ms; {:.2} s each; \
+             console silent for p50 {:.1} ms, p99 {:.1} ms, otherwise {:.1} ms",
             arguments.memory,
-            blackouts.total()
+            blackouts.total(),
+            blackouts.seen(50),
+            blackouts.seen(99),
+            blackouts.between()
         );
         say(json!({
             "migrations": name, "count": migrations, "memory_mib": arguments.memory,
             "blackout_ms": {"p50": p50, "p99": p99},
+            "console_silent_ms": {"p50": blackouts.seen(50), "p99": blackouts.seen(99), "otherwise": blackouts.between()},
             "total_s": blackouts.total(), "verified": true,
         }));
         let name = format!("embed_blackout_p50_ms_{name}");

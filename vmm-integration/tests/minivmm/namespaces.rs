@@ -73,7 +73,7 @@ fn a_guest_moves_to_another_host_and_back() {
     let guest = TinyGuest::stomper(256);
     let mut machines = [
         Vmm::boot_in(shape, guest, 16, hosts.command(0), &[]),
-        Vmm::awaiting_in(shape, hosts.command(1)),
+        Vmm::awaiting_in(shape, hosts.command(1), &[]),
     ];
     let mut book = Logbook::default();
     for (here, there) in [(0, 1), (1, 0)] {

@@ -124,7 +124,7 @@ fn awaiting_without_the_privilege(prepared: &str) -> Vmm {
     let mut command = Command::new("unshare");
     command.args(["--mount", "sh", "-c", &script]);
     command.arg(Vmm::command().get_program());
-    Vmm::awaiting_in(Shape::default(), command)
+    Vmm::awaiting_in(Shape::default(), command, &[])
 }
 
 /// Root may open its devices, but for those on a file system where there are none.

@@ -114,12 +114,12 @@ impl Vmm {
 
     /// A machine that waits for a guest.
     pub(crate) fn awaiting(shape: Shape) -> Self {
-        Self::awaiting_in(shape, Self::command())
+        Self::awaiting_in(shape, Self::command(), &[])
     }
 
-    /// The same, where `command` runs it.
-    pub(crate) fn awaiting_in(shape: Shape, mut command: Command) -> Self {
-        command.arg("await").args(shape.arguments());
+    /// The same, where `command` runs it, and with more arguments.
+    pub(crate) fn awaiting_in(shape: Shape, mut command: Command, more: &[&str]) -> Self {
+        command.arg("await").args(shape.arguments()).args(more);
         Self::start(command, tempfile::tempdir().unwrap())
     }
 
