@@ -319,10 +319,31 @@ fn snapshots() -> Vec<Seed> {
         ("none", "[]".to_owned()),
         ("foreign", "GET / HTTP/1.1\r\n\r\n".to_owned()),
     ];
+    // Within a number a parser may take what has come for a wrong one.
+    let within = |begun: &str, rest: &str| {
+        let begun = format!(r#"[{{"x":{begun}"#);
+        let text = format!(r#"{begun}{rest},"base_host_virt_addr":4096,"size":8192,"offset":0}}]"#);
+        (begun.len(), text)
+    };
+    let cut_within = [
+        ("cut-sign", within("-", "1")),
+        ("cut-fraction", within("1.", "5")),
+        ("cut-exponent", within("1e", "5")),
+        ("cut-exponent-sign", within("-1.5E+", "05")),
+        ("cut-surrogates", within(r#""\ud83d"#, r#"\ude00""#)),
+        ("cut-literal", within("tr", "ue")),
+        ("cut-number-alone", (1, "2e".to_owned())),
+        (
+            "cut-fraction-at-the-end",
+            (26, r#"[{"base_host_virt6addr":4.9"#.to_owned()),
+        ),
+    ];
     texts
         .into_iter()
-        .map(|(name, text)| {
-            let cut = u8::try_from(text.len() / 2).unwrap_or(u8::MAX);
+        .map(|(name, text)| (name, (text.len() / 2, text)))
+        .chain(cut_within)
+        .map(|(name, (cut, text))| {
+            let cut = u8::try_from(cut).unwrap_or(u8::MAX);
             let bytes = [&[cut], text.as_bytes()].concat();
             ("snapshot_mappings", name.to_owned(), bytes)
         })

@@ -230,7 +230,7 @@ fn parse(message: &[u8]) -> Result<Option<Vec<MemoryMapping>>, SnapshotError> {
     let mut values = serde_json::Deserializer::from_slice(message).into_iter::<Vec<Written>>();
     let written = match values.next() {
         None => return Ok(None),
-        Some(Err(error)) if error.is_eof() => return Ok(None),
+        Some(Err(error)) if error.is_eof() || ends_in_a_number(message) => return Ok(None),
         Some(Err(error)) => return Err(SnapshotError::Foreign(error)),
         Some(Ok(written)) => written,
     };
@@ -248,6 +248,16 @@ fn parse(message: &[u8]) -> Result<Option<Vec<MemoryMapping>>, SnapshotError> {
     let mappings: Vec<_> = written.iter().map(MemoryMapping::from).collect();
     check(&mappings)?;
     Ok(Some(mappings))
+}
+
+/// Whether a message that is refused only ends within a number, as `1.` or `-`: the parser takes that for a wrong number. With a digit
+/// more it is a right one, and what follows is all that lacks.
+fn ends_in_a_number(message: &[u8]) -> bool {
+    let longer = [message, b"0"].concat();
+    let mut values = serde_json::Deserializer::from_slice(&longer).into_iter::<Vec<Written>>();
+    values
+        .next()
+        .is_some_and(|value| value.is_err_and(|error| error.is_eof()))
 }
 
 impl From<&Written> for MemoryMapping {
@@ -431,6 +441,32 @@ mod tests {
         check(&format!(" {oldest}\n\0"), 4096);
     }
 
+    /// One more field of every kind that there is.
+    const RICH: &str = r#" [ {"base_host_virt_addr":1099511627776, "a":0, "b":-0, "c":12.5, "d":-1e9, "e":1.25E-07, "f":3e+2,
+        "g":123456789012345678901234567890.125, "":"", "h\u00e9\"\\":"\b\f\n\r\t\/\u0041\ud83d\ude00 é€😀",
+        "i":[], "j":{}, "k":[-1, [2.5e1, {"l":[true, false, null]}], "m"], "n":{"size":-7.5, "o":{"p":[0.5]}}, "q":true, "r":false,
+        "s":null, "size":2097152, "😀":[[[-0.0e-0]]], "offset":8388608, "page_size":4096, "t":-0.5E+1}
+        ] "#;
+
+    #[test]
+    fn a_description_is_understood_wherever_it_is_cut() {
+        let expected = parse_mappings(RICH.as_bytes()).unwrap();
+        assert_eq!(expected[0].offset, 4 * HUGE);
+        let end = RICH.trim_end().len();
+        for cut in 0..end {
+            let begun = parse(&RICH.as_bytes()[..cut]);
+            assert!(
+                matches!(begun, Ok(None)),
+                "{begun:?} of what ends in {:?}",
+                String::from_utf8_lossy(&RICH.as_bytes()[..cut])
+            );
+        }
+        assert_eq!(
+            parse(&RICH.as_bytes()[..end]).unwrap(),
+            Some(expected.clone())
+        );
+    }
+
     #[test]
     fn mappings_that_make_no_sense_are_refused_by_number() {
         let check = |mappings: &[[u64; 4]], says: &str| {
@@ -472,6 +508,12 @@ mod tests {
             r#"[{"base_host_virt_addr":18446744073709551616,"size":1,"offset":0}]"#,
             r#"[{"base_host_virt_addr":1.5,"size":1,"offset":0}]"#,
             r#"[{"size":1,"size":1,"#,
+            r#"[{"x":1.x"#,
+            r#"[{"x":1.."#,
+            r#"[{"x":--"#,
+            r#"[{"x":1e+-"#,
+            r#"[{"x":tra"#,
+            r#"[{"x":"\x"#,
         ] {
             let refused = parse(foreign.as_bytes()).unwrap_err();
             assert!(matches!(refused, SnapshotError::Foreign(_)), "{foreign}");
@@ -486,7 +528,51 @@ mod tests {
         }
     }
 
+    /// Any JSON, as text.
+    fn json() -> impl Strategy<Value = String> {
+        let text = r#"([ !#-\[\]-~é€😀]|\\["\\/bfnrt]|\\u00[0-9a-fA-F]{2}|\\ud83d\\ude00){0,6}"#
+            .prop_map(|text| format!("\"{text}\""))
+            .boxed();
+        let number = "-?(0|[1-9][0-9]{0,30})(\\.[0-9]{1,20})?([eE][+-]?[0-9]{1,3})?";
+        let literal = proptest::sample::select(vec!["true", "false", "null"]);
+        let leaf = prop_oneof![literal.prop_map(str::to_owned), number, text.clone()];
+        leaf.prop_recursive(4, 24, 4, move |inner| {
+            let field = (text.clone(), inner.clone());
+            prop_oneof![
+                proptest::collection::vec(inner, 0..4)
+                    .prop_map(|values| format!("[{}]", values.join(" ,"))),
+                proptest::collection::vec(field, 0..4).prop_map(|fields| {
+                    let fields: Vec<_> = fields
+                        .iter()
+                        .map(|(name, value)| format!("{name} :{value}"))
+                        .collect();
+                    format!("{{{}}}", fields.join(","))
+                }),
+            ]
+        })
+    }
+
     proptest! {
+        #[test]
+        fn whatever_fields_a_description_has_besides_it_may_be_cut_anywhere(
+            fields in proptest::collection::vec(json(), 1..4)
+        ) {
+            let fields: Vec<_> = fields
+                .iter()
+                .enumerate()
+                .map(|(number, value)| format!(r#""{number}":{value},"#))
+                .collect();
+            let message = format!(
+                r#"[{{{}"base_host_virt_addr":4096,"size":4096,"offset":0}}]"#,
+                fields.concat()
+            );
+            for cut in 0..message.len() {
+                let begun = parse(&message.as_bytes()[..cut]);
+                prop_assert!(matches!(begun, Ok(None)), "{begun:?} at {cut} of {message}");
+            }
+            prop_assert!(matches!(parse(message.as_bytes()), Ok(Some(_))), "{message}");
+        }
+
         #[test]
         fn what_is_understood_overlaps_nowhere_and_ends(
             numbers in proptest::collection::vec((0..20_u64, 0..6_u64, 0..20_u64), 1..6)
