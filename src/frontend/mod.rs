@@ -20,6 +20,6 @@ pub use file_ram::{FaultArea, FileRam, Watch};
 pub use fuse::{Cache, FuseFile, FuseMountError, FuseOptions, FuseUnmountError};
 pub use slice::{
     Failure, FaultServer, FaultTimes, HandOverError, HandedOver, HandedRange, MOST_MAPPINGS,
-    MemoryMapping, RefusedSnapshot, Slice, SliceOptions, Snapshot, SnapshotError, SnapshotProgress,
-    SnapshotServer, Waiting, hand_over, parse_hand_over, parse_mappings,
+    MemoryMapping, RefusedSnapshot, Slice, SliceOptions, Snapshot, SnapshotError, SnapshotOptions,
+    SnapshotProgress, SnapshotServer, Waiting, hand_over, parse_hand_over, parse_mappings,
 };

@@ -32,7 +32,7 @@ pub use retry::Waiting;
 pub use snapshot::{
     MOST_MAPPINGS, MemoryMapping, RefusedSnapshot, Snapshot, SnapshotError, parse_mappings,
 };
-pub use snapshot_server::{SnapshotProgress, SnapshotServer};
+pub use snapshot_server::{SnapshotOptions, SnapshotProgress, SnapshotServer};
 
 use std::io;
 use std::ops::Range;
@@ -74,6 +74,10 @@ pub struct Slice {
 pub enum Failure {
     /// It is killed by `SIGBUS` when nothing has come after this long, as is anybody who accesses the page later, until it is
     /// [populated](Slice::populate) or written. Where the kernel cannot (before Linux 6.6), as [`Wait`](Self::Wait).
+    ///
+    /// Only a program's own access is one that nobody can overlook. A system call into such a page fails with `EFAULT`, and the emulator
+    /// of KVM takes it for a device of the guest's, whose answer is the VMM's: Firecracker's is zeros. So memory of a guest of KVM wants
+    /// [`Wait`](Self::Wait), and somebody who ends the VMM if that takes too long.
     Poison {
         /// How long to try, with pauses.
         after: Duration,

@@ -20,7 +20,7 @@ use super::managed::pull::{Filled, NEARBY, Pulls};
 use super::options::ManagedOptions;
 use crate::chunk::{ChunkRun, Claim, Residency, Storage};
 use crate::frontend::{
-    RefusedSnapshot, SliceOptions, Snapshot, SnapshotError, SnapshotProgress, SnapshotServer,
+    RefusedSnapshot, Snapshot, SnapshotError, SnapshotOptions, SnapshotProgress, SnapshotServer,
 };
 
 /// How a [`Restore`] goes about it.
@@ -30,8 +30,8 @@ pub struct RestoreOptions {
     pub populate: bool,
     /// How many bytes are fetched at once in the background; without it, as many as the link carries in a round trip, measured as it goes.
     pub window: Option<u64>,
-    /// How faults are served. Threads, read-ahead and failure count.
-    pub faults: SliceOptions,
+    /// How faults are served.
+    pub faults: SnapshotOptions,
 }
 
 impl Default for RestoreOptions {
@@ -39,7 +39,7 @@ impl Default for RestoreOptions {
         Self {
             populate: true,
             window: None,
-            faults: SliceOptions::default(),
+            faults: SnapshotOptions::default(),
         }
     }
 }
@@ -158,16 +158,6 @@ impl Restore {
     /// As [`SnapshotServer::finish`].
     pub fn finish(&self, at_most: Duration) -> io::Result<()> {
         self.guest.server.finish(at_most)
-    }
-
-    /// Lets go of a VMM that does not get the rest of its memory: who accesses it is killed. `false` if the kernel cannot do that, and
-    /// the VMM still waits.
-    ///
-    /// # Errors
-    /// As [`SnapshotServer::give_up`].
-    pub fn give_up(&self, at_most: Duration) -> io::Result<bool> {
-        self.pulls().end();
-        self.guest.server.give_up(at_most)
     }
 }
 

@@ -109,7 +109,7 @@ pub struct HandedOver {
 
 impl FaultServer {
     /// Receives a hand-over from `program`, and serves its faults from `storage` until this is dropped. Of the options, threads,
-    /// read-ahead and failure count.
+    /// read-ahead and failure count: a program that runs a guest of KVM wants [`Failure::Wait`](super::Failure::Wait).
     ///
     /// # Errors
     /// See [`HandOverError`]; the program is told. [`io::ErrorKind::TimedOut`] if it takes longer than `at_most`.

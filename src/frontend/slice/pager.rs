@@ -525,28 +525,7 @@ impl Pager {
         (LARGEST / self.page).max(1)
     }
 
-    /// Lets whoever accesses a page that is neither installed nor zeros be killed, for ever; `false` if the kernel cannot.
-    pub(super) fn poison_absent(&self) -> io::Result<bool> {
-        if !self.uffd.features().contains(Features::POISON) {
-            return Ok(false);
-        }
-        let _stable = self.stable.read().unwrap_or_else(PoisonError::into_inner);
-        let mut next = 0..self.pages();
-        while let Some(absent) = self.next_absent(next.clone()) {
-            next.start = absent.end;
-            let mut rest = absent;
-            while let Some(part) = self.within_area(&rest) {
-                rest.start = part.end;
-                let poisoned = self.uffd.poison(self.addresses(&part), self.page)?;
-                if poisoned.stopped == Some(Stop::Changing) {
-                    return Err(io::ErrorKind::WouldBlock.into());
-                }
-            }
-        }
-        Ok(true)
-    }
-
-    /// Reports nothing any more: what is absent reads as zeros from then on, unless it was poisoned.
+    /// Reports nothing any more: what is absent reads as zeros from then on.
     pub(super) fn unregister(&self) -> io::Result<()> {
         for placed in &self.areas {
             self.uffd.unregister(placed.area.addresses.clone())?;

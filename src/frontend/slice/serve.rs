@@ -58,8 +58,6 @@ pub(super) struct Service {
     pub(super) on_fault: Option<OnFault>,
     /// Since when those wait whose pages are being read.
     serving: Mutex<Vec<Instant>>,
-    /// Why pages were poisoned the last time.
-    poisoned: Mutex<Option<String>>,
     streams: Mutex<Streams>,
     jobs: Mutex<VecDeque<Job>>,
     jobs_changed: Condvar,
@@ -144,7 +142,6 @@ impl Service {
             latencies: Latencies::default(),
             on_fault: None,
             serving: Mutex::default(),
-            poisoned: Mutex::default(),
             streams: Mutex::default(),
             jobs: Mutex::default(),
             jobs_changed: Condvar::new(),
@@ -529,7 +526,6 @@ impl Service {
         };
         // A kernel that cannot poison leaves them waiting: no bytes are better than wrong ones.
         if gives_up && self.pager.poison(&pages).unwrap_or(false) {
-            *locked(&self.poisoned) = Some(error.to_string());
             return None;
         }
         Some(Retry {
@@ -555,11 +551,6 @@ impl Service {
             };
             self.retries.tried(number, again);
         }
-    }
-
-    /// Why pages were poisoned the last time, if any were.
-    pub(super) fn why_poisoned(&self) -> Option<String> {
-        locked(&self.poisoned).clone()
     }
 
     /// Since when the one waits that has waited for the longest time.

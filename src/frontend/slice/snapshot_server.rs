@@ -6,12 +6,12 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::SliceOptions;
 use super::latency::FaultTimes;
 use super::pager::{Area, Install, Pager, Problem};
 use super::retry::Waiting;
 use super::serve::{OnFault, Running, Service};
 use super::snapshot::{RefusedSnapshot, Snapshot, SnapshotError};
+use super::{Failure, SliceOptions};
 use crate::chunk::Storage;
 use crate::sys::mapping::page_size;
 use crate::sys::uffd::{Features, Mode, Pages, Uffd};
@@ -33,6 +33,44 @@ pub struct SnapshotServer {
     service: Arc<Service>,
 }
 
+/// How a VMM's faults are served.
+///
+/// Who accesses a page that the storage cannot give waits until it can, and [`SnapshotProgress::waiting`] tells of it: whoever embeds this
+/// ends the VMM if that takes too long. A page that answers with an error instead, as [`Failure::Poison`] makes them, is no way out: KVM
+/// takes an access to it for one to a device, and Firecracker answers that with zeros.
+#[derive(Debug, Clone)]
+pub struct SnapshotOptions {
+    /// As [`SliceOptions::threads`].
+    pub threads: usize,
+    /// As [`SliceOptions::read_ahead`].
+    pub read_ahead: u64,
+}
+
+impl Default for SnapshotOptions {
+    fn default() -> Self {
+        let SliceOptions {
+            threads,
+            read_ahead,
+            ..
+        } = SliceOptions::default();
+        Self {
+            threads,
+            read_ahead,
+        }
+    }
+}
+
+impl SnapshotOptions {
+    fn as_slice(&self) -> SliceOptions {
+        SliceOptions {
+            threads: self.threads,
+            read_ahead: self.read_ahead,
+            failure: Failure::Wait,
+            ..SliceOptions::default()
+        }
+    }
+}
+
 /// How far the memory of a VMM is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SnapshotProgress {
@@ -48,10 +86,6 @@ pub struct SnapshotProgress {
     pub waiting: Option<Waiting>,
     /// Since when the one waits that has waited for the longest time, whether in vain or not.
     pub oldest: Option<Instant>,
-    /// How much was made to kill who accesses it, because it could not be had.
-    pub poisoned: u64,
-    /// Why that was done the last time.
-    pub why_poisoned: Option<String>,
 }
 
 impl SnapshotProgress {
@@ -63,22 +97,22 @@ impl SnapshotProgress {
 }
 
 impl SnapshotServer {
-    /// Serves the VMM's faults from `storage`. Of the options, threads, read-ahead and failure count. `on_fault` is told of the
-    /// positions of a fault once it is served, by the thread that served it: it must not block.
+    /// Serves the VMM's faults from `storage`. `on_fault` is told of the positions of a fault once it is served, by the thread that
+    /// served it: it must not block.
     ///
     /// # Errors
     /// See [`SnapshotError`]; the VMM waits then.
     pub fn serve(
         snapshot: Snapshot,
         storage: Arc<dyn Storage>,
-        options: &SliceOptions,
+        options: &SnapshotOptions,
         on_fault: Option<Box<dyn Fn(Range<u64>) + Send + Sync>>,
     ) -> Result<Self, RefusedSnapshot> {
         let waits = |error| RefusedSnapshot { error, waits: true };
         let pager = pager(snapshot, storage).map_err(waits)?;
         let page = pager.page;
         let start = || {
-            let mut service = Service::new(pager, None, options)?;
+            let mut service = Service::new(pager, None, &options.as_slice())?;
             service.on_fault = on_fault.map(|on_fault| -> OnFault {
                 Box::new(move |pages| on_fault(pages.start * page..pages.end * page))
             });
@@ -121,8 +155,6 @@ impl SnapshotServer {
             faults: self.service.latencies.times(),
             waiting: self.service.retries.waiting(),
             oldest: self.service.oldest(),
-            poisoned: self.pager().with_poison(|poison| poison.len() as u64) * page,
-            why_poisoned: self.service.why_poisoned(),
         }
     }
 
@@ -211,31 +243,17 @@ impl SnapshotServer {
                 "not all of the VMM's memory is there",
             ));
         }
-        self.let_go(Instant::now() + at_most)
-    }
-
-    /// Lets go of a VMM that does not have all of its memory: who accesses what is absent is killed by `SIGBUS`. `false` if the
-    /// kernel cannot do that (before Linux 6.6), and the VMM still waits.
-    ///
-    /// # Errors
-    /// What the kernel says; [`io::ErrorKind::TimedOut`] as [`finish`](Self::finish).
-    pub fn give_up(&self, at_most: Duration) -> io::Result<bool> {
-        let until = Instant::now() + at_most;
-        loop {
-            match self.pager().poison_absent() {
-                Ok(true) => return self.let_go(until).map(|()| true),
-                Ok(false) => return Ok(false),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => wait_a_moment(until)?,
-                Err(error) => return Err(error),
-            }
-        }
-    }
-
-    fn let_go(&self, until: Instant) -> io::Result<()> {
         self.pager().unregister()?;
         // Who gave memory back a moment before waits until that is read, which the threads do that serve faults.
+        let until = Instant::now() + at_most;
         while self.pager().is_changing()? {
-            wait_a_moment(until)?;
+            if Instant::now() >= until {
+                return Err(io::Error::new(
+                    io::ErrorKind::TimedOut,
+                    "the VMM gives memory back and does not go on",
+                ));
+            }
+            thread::park_timeout(SOON);
         }
         Ok(())
     }
@@ -243,17 +261,6 @@ impl SnapshotServer {
     fn pager(&self) -> &Pager {
         &self.service.pager
     }
-}
-
-fn wait_a_moment(until: Instant) -> io::Result<()> {
-    if Instant::now() >= until {
-        return Err(io::Error::new(
-            io::ErrorKind::TimedOut,
-            "the VMM gives memory back and does not go on",
-        ));
-    }
-    thread::park_timeout(SOON);
-    Ok(())
 }
 
 /// Checks what only the storage and the kernel know.

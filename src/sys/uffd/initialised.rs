@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use linux_raw_sys::general as raw;
 use rustix::fs::OFlags;
 
-use super::{Features, Mode, Uffd, offered};
+use super::{Features, Mode, Uffd};
 
 /// What kind of pages a mapping has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,7 +23,6 @@ const INITIALISED: u64 = 1 << 31;
 
 impl Uffd {
     /// Takes over a userfaultfd whose features another process has agreed on with the kernel; they are read from `/proc`.
-    /// [`Features::POISON`] counts as one of them if the kernel has it: nobody needs to ask for that.
     ///
     /// # Errors
     /// [`io::ErrorKind::InvalidInput`] if nobody has agreed on features yet; [`io::ErrorKind::InvalidData`] if `/proc` does not say
@@ -36,10 +35,7 @@ impl Uffd {
                 "nobody has agreed on its features (UFFDIO_API)",
             ));
         }
-        let poison = offered().map_or(Features::none(), |offered| {
-            offered.intersection(Features::POISON)
-        });
-        let features = Features::from_bits(bits & !INITIALISED) | poison;
+        let features = Features::from_bits(bits & !INITIALISED);
         let flags = rustix::fs::fcntl_getfl(&fd)?;
         rustix::fs::fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?;
         Ok(Self { fd, features })
@@ -88,7 +84,7 @@ mod tests {
         let wanted = Features::EVENT_REMOVE;
         let theirs = Uffd::create(Scope::UserModeOnly, wanted).unwrap();
         let ours = Uffd::initialised(theirs.as_fd().try_clone_to_owned().unwrap()).unwrap();
-        assert_eq!(ours.features().without(Features::POISON), wanted);
+        assert_eq!(ours.features(), wanted);
         let file = std::fs::File::open("/dev/null").unwrap();
         assert!(Uffd::initialised(file.into()).is_err());
     }

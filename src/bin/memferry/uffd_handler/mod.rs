@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use bytesize::ByteSize;
 use clap::{Args, ValueEnum};
-use memferry::frontend::{Failure, RefusedSnapshot, SliceOptions, Snapshot};
+use memferry::frontend::{RefusedSnapshot, Snapshot};
 use memferry::mount::{Restore, RestoreOptions, RestoreProgress};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use serde_json::json;
@@ -40,8 +40,8 @@ const HANDSHAKE: Duration = Duration::from_secs(5);
 /// How long a VMM may take to go on after it was told that it may give memory back.
 const LET_GO: Duration = Duration::from_secs(10);
 
-/// A page that could not be poisoned when its time was over is tried once more by then.
-const ONCE_MORE: Duration = Duration::from_secs(2);
+/// A storage that has not even failed by the deadline may do so, and say why, until so much later.
+const GRACE: Duration = Duration::from_secs(2);
 
 const HELP: &str = "\
 Start it before the snapshot is loaded, on the host of the VMM:
@@ -51,8 +51,8 @@ Start it before the snapshot is loaded, on the host of the VMM:
         \"mem_backend\": { \"backend_type\": \"Uffd\", \"backend_path\": \"/run/vm/uffd.sock\" }, \"resume_vm\": true }'
 
 Pages come when the VMM accesses them, and all others in the background. When everything is there, the VMM needs this process no more, and it ends. \
-A signal before that makes it fetch the rest and then end; a second one forces it, as --on-failure says. If this process is killed, a watchdog of \
-its own kills the VMM, which could only wait, unless --on-failure is wait.
+A signal before that makes it fetch the rest and then end; a second one ends it without the rest, and the VMM as --on-failure says. If this process \
+is killed, a watchdog of its own kills the VMM, which could only wait, unless --on-failure is wait.
 
 Exit codes: 0 the VMM has all of its memory, or it has ended, or none came before a signal, 1 nothing was served, 2 wrong arguments, 3 the VMM does \
 not get all of its memory: the message says what becomes of it.";
@@ -84,7 +84,7 @@ pub(crate) struct UffdHandler {
     #[arg(long, value_name = "TIME", default_value = "20s", value_parser = humantime::parse_duration)]
     deadline: Duration,
     /// What becomes of a VMM that cannot have a page
-    #[arg(long, value_enum, default_value_t = OnFailure::Poison)]
+    #[arg(long, value_enum, default_value_t = OnFailure::Kill)]
     on_failure: OnFailure,
     /// The most bytes under way at once in the background; without it, what the link needs
     #[arg(long, value_name = "SIZE")]
@@ -98,9 +98,7 @@ pub(crate) struct UffdHandler {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum OnFailure {
-    /// Who accesses the page gets SIGBUS, which ends Firecracker; it runs on as long as nobody does. Where the kernel cannot (before Linux 6.6), as `kill`
-    Poison,
-    /// It is killed
+    /// It is killed if it has waited for longer than --deadline; its snapshot can be restored again
     Kill,
     /// It waits, for ever if need be
     Wait,
@@ -146,9 +144,30 @@ enum Fate {
     Killed,
     /// It could not be killed.
     Spared(std::io::Error),
-    Poisoned,
     Waits,
-    Ended,
+}
+
+impl Deprived {
+    fn of(progress: &RestoreProgress, fate: Fate) -> Self {
+        let memory = &progress.memory;
+        let why = memory.waiting.as_ref().map(|waiting| &waiting.error);
+        let why = why.or(progress.last_error.as_ref());
+        Self {
+            missing: memory.bytes - memory.resident - memory.zeros,
+            why: why.map_or_else(|| "it was ended before".to_owned(), Clone::clone),
+            fate,
+        }
+    }
+}
+
+impl Fate {
+    /// Does with a VMM that lacks memory what was asked for.
+    fn of(vmm: &Vmm, choice: OnFailure) -> Self {
+        match choice {
+            OnFailure::Kill => vmm.kill().map_or_else(Self::Spared, |()| Self::Killed),
+            OnFailure::Wait => Self::Waits,
+        }
+    }
 }
 
 impl fmt::Display for Deprived {
@@ -171,13 +190,9 @@ impl fmt::Display for Fate {
                 f,
                 "The VMM could not be killed ({why}), and waits at its first absent page, for ever: end it"
             ),
-            Self::Poisoned => f.write_str(
-                "The VMM runs on without them, and is ended by SIGBUS if it accesses one",
-            ),
             Self::Waits => f.write_str(
                 "The VMM waits at its first absent page, for ever: end it, and restore its snapshot again",
             ),
-            Self::Ended => f.write_str("The VMM has ended; its snapshot can be restored again"),
         }
     }
 }
@@ -224,15 +239,7 @@ fn options(args: &UffdHandler) -> RestoreOptions {
     RestoreOptions {
         populate: !args.no_populate,
         window: args.window.map(|window| window.as_u64()),
-        faults: SliceOptions {
-            failure: match args.on_failure {
-                OnFailure::Poison => Failure::Poison {
-                    after: args.deadline,
-                },
-                OnFailure::Kill | OnFailure::Wait => Failure::Wait,
-            },
-            ..SliceOptions::default()
-        },
+        ..RestoreOptions::default()
     }
 }
 
@@ -252,12 +259,7 @@ fn watchdog(args: &UffdHandler, vmm: &Vmm, output: Output) -> Option<Watchdog> {
 
 /// Ends a VMM that is not served, as far as that was asked for.
 fn refuse<T>(args: &UffdHandler, vmm: &Vmm, refused: RefusedSnapshot) -> anyhow::Result<T> {
-    let fate = match args.on_failure {
-        OnFailure::Wait => Fate::Waits,
-        OnFailure::Poison | OnFailure::Kill => {
-            vmm.kill().map_or_else(Fate::Spared, |()| Fate::Killed)
-        }
-    };
+    let fate = Fate::of(vmm, args.on_failure);
     Err(anyhow::Error::from(refused).context(format!("the VMM is not served. {fate}")))
 }
 
@@ -354,12 +356,7 @@ impl Serving<'_> {
             let progress = self.restore.progress();
             view.show(&progress);
             if self.vmm.has_ended() {
-                let lacked = progress.memory.poisoned;
-                let ended = match lacked {
-                    0 => Ok("vmm-ended"),
-                    lacked => Err(deprived(lacked, &progress, Fate::Ended)),
-                };
-                break (progress, ended);
+                break (progress, Ok("vmm-ended"));
             }
             if progress.memory.is_complete() {
                 let finished = self
@@ -375,10 +372,8 @@ impl Serving<'_> {
                 break (progress, Ok("complete"));
             }
             if signals > 1 || self.is_lost(&progress) {
-                let fate = self.give_up(signals > 1);
-                let missing =
-                    progress.memory.bytes - progress.memory.resident - progress.memory.zeros;
-                let lacks = deprived(missing, &progress, fate);
+                let fate = Fate::of(&self.vmm, self.args.on_failure);
+                let lacks = Deprived::of(&progress, fate);
                 break (progress, Err(lacks));
             }
         };
@@ -391,42 +386,16 @@ impl Serving<'_> {
         ended.map(|_| ()).map_err(Into::into)
     }
 
-    /// Whether somebody has waited for too long, and nobody else sees to it.
+    /// Whether somebody has waited for too long.
     fn is_lost(&self, progress: &RestoreProgress) -> bool {
-        let at_most = match self.args.on_failure {
-            OnFailure::Wait => return false,
-            OnFailure::Kill => self.args.deadline,
-            // Those who serve faults poison the page; it can only be left if the kernel cannot.
-            OnFailure::Poison => self.args.deadline + ONCE_MORE,
-        };
-        let waiting = progress.memory.waiting.as_ref();
-        waiting.is_some_and(|waiting| waiting.since.elapsed() >= at_most)
-    }
-
-    /// Does with a VMM that lacks memory what was asked for.
-    fn give_up(&self, forced: bool) -> Fate {
-        let kill = || self.vmm.kill().map_or_else(Fate::Spared, |()| Fate::Killed);
-        match self.args.on_failure {
-            OnFailure::Wait => Fate::Waits,
-            OnFailure::Kill => kill(),
-            OnFailure::Poison if forced => match self.restore.give_up(LET_GO) {
-                Ok(true) => Fate::Poisoned,
-                _ => kill(),
-            },
-            OnFailure::Poison => kill(),
+        if self.args.on_failure == OnFailure::Wait {
+            return false;
         }
-    }
-}
-
-fn deprived(missing: u64, progress: &RestoreProgress, fate: Fate) -> Deprived {
-    let memory = &progress.memory;
-    let why = memory.why_poisoned.as_ref();
-    let why = why.or_else(|| memory.waiting.as_ref().map(|waiting| &waiting.error));
-    let why = why.or(progress.last_error.as_ref());
-    Deprived {
-        missing,
-        why: why.map_or_else(|| "it was ended before".to_owned(), Clone::clone),
-        fate,
+        let memory = &progress.memory;
+        let over = |since: Instant, grace| since.elapsed() >= self.args.deadline + grace;
+        let in_vain = memory.waiting.as_ref().map(|waiting| waiting.since);
+        in_vain.is_some_and(|since| over(since, Duration::ZERO))
+            || memory.oldest.is_some_and(|since| over(since, GRACE))
     }
 }
 

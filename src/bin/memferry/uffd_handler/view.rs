@@ -21,7 +21,6 @@ pub(super) struct View {
     next: Instant,
     last: Option<Value>,
     stalled: bool,
-    poisoned: u64,
 }
 
 impl View {
@@ -32,14 +31,12 @@ impl View {
             next: Instant::now(),
             last: None,
             stalled: false,
-            poisoned: 0,
         }
     }
 
     /// Shows how it goes: at once what is wrong, the rest now and then.
     pub(super) fn show(&mut self, progress: &RestoreProgress) {
         self.show_stall(progress);
-        self.show_poison(progress);
         let now = Instant::now();
         if now < self.next {
             return;
@@ -80,23 +77,6 @@ impl View {
         self.remark(&format!("memferry: the VMM waits for memory: {why}"));
     }
 
-    fn show_poison(&mut self, progress: &RestoreProgress) {
-        let memory = &progress.memory;
-        if memory.poisoned > self.poisoned {
-            let why = memory
-                .why_poisoned
-                .as_deref()
-                .unwrap_or("its time was over");
-            let fields = json!({ "bytes": memory.poisoned, "error": why });
-            self.output.event("poisoned", &fields);
-            self.remark(&format!(
-                "memferry: {} bytes could not be had in time, and who accesses them gets SIGBUS: {why}",
-                memory.poisoned
-            ));
-        }
-        self.poisoned = memory.poisoned;
-    }
-
     fn remark(&self, remark: &str) {
         self.bar.suspend(|| self.output.remark(remark));
     }
@@ -129,7 +109,6 @@ fn event(progress: &RestoreProgress) -> Value {
         "bytes": memory.bytes,
         "resident": memory.resident,
         "zeros": memory.zeros,
-        "poisoned": memory.poisoned,
         "rate": rounded(progress.rate),
         "faults": faults.count,
         "fault_micros": [micros(faults.median), micros(faults.tail), micros(faults.longest)],
