@@ -59,7 +59,7 @@ pub struct Installed {
 pub enum Stop {
     /// The process is changing its mappings: read the events, then go on from `done`.
     Changing,
-    /// No registered mapping is there any more.
+    /// No registered mapping has the page after those that are done.
     Unmapped,
     /// The process has exited.
     Exited,
@@ -200,12 +200,13 @@ impl Uffd {
     }
 
     fn copy(&self, address: u64, data: &[u8], page_size: u64, mode: u64) -> io::Result<Installed> {
-        self.fill(address, data.len() as u64, page_size, |done| {
-            let rest = &data[usize::try_from(done).expect("within the slice")..];
+        self.fill(address, data.len() as u64, page_size, |done, len| {
+            let place = |at: u64| usize::try_from(at).expect("within the slice");
+            let part = &data[place(done)..place(done + len)];
             let mut copy = raw::uffdio_copy {
                 dst: address + done,
-                src: rest.as_ptr().expose_provenance() as u64,
-                len: rest.len() as u64,
+                src: part.as_ptr().expose_provenance() as u64,
+                len,
                 mode,
                 copy: 0,
             };
@@ -220,19 +221,23 @@ impl Uffd {
     /// # Errors
     /// As [`install`](Self::install).
     pub fn poison(&self, range: Range<u64>, page_size: u64) -> io::Result<Installed> {
-        let len = raw_range(&range)?.len;
-        self.fill(range.start, len, page_size, |done| {
-            let mut poison = raw::uffdio_poison {
-                range: raw::uffdio_range {
-                    start: range.start + done,
-                    len: len - done,
-                },
-                mode: 0,
-                updated: 0,
-            };
-            let result = self.ioctl::<UFFDIO_POISON, _>(&mut poison);
-            (result, poison.updated)
-        })
+        self.fill(
+            range.start,
+            raw_range(&range)?.len,
+            page_size,
+            |done, len| {
+                let mut poison = raw::uffdio_poison {
+                    range: raw::uffdio_range {
+                        start: range.start + done,
+                        len,
+                    },
+                    mode: 0,
+                    updated: 0,
+                };
+                let result = self.ioctl::<UFFDIO_POISON, _>(&mut poison);
+                (result, poison.updated)
+            },
+        )
     }
 
     /// Makes the missing pages of `range` present with zeros and wakes who waits on them; like
@@ -241,19 +246,23 @@ impl Uffd {
     /// # Errors
     /// As [`install`](Self::install).
     pub fn zero(&self, range: Range<u64>, page_size: u64) -> io::Result<Installed> {
-        let len = raw_range(&range)?.len;
-        self.fill(range.start, len, page_size, |done| {
-            let mut zero = raw::uffdio_zeropage {
-                range: raw::uffdio_range {
-                    start: range.start + done,
-                    len: len - done,
-                },
-                mode: 0,
-                zeropage: 0,
-            };
-            let result = self.ioctl::<{ ioctl::UFFDIO_ZEROPAGE }, _>(&mut zero);
-            (result, zero.zeropage)
-        })
+        self.fill(
+            range.start,
+            raw_range(&range)?.len,
+            page_size,
+            |done, len| {
+                let mut zero = raw::uffdio_zeropage {
+                    range: raw::uffdio_range {
+                        start: range.start + done,
+                        len,
+                    },
+                    mode: 0,
+                    zeropage: 0,
+                };
+                let result = self.ioctl::<{ ioctl::UFFDIO_ZEROPAGE }, _>(&mut zero);
+                (result, zero.zeropage)
+            },
+        )
     }
 
     /// Maps pages of `range` that the memory's file has, after minor faults, and wakes who waits on them.
@@ -261,19 +270,23 @@ impl Uffd {
     /// # Errors
     /// As [`install`](Self::install); `EFAULT` where the file has no page.
     pub fn map_present(&self, range: Range<u64>, page_size: u64) -> io::Result<Installed> {
-        let len = raw_range(&range)?.len;
-        self.fill(range.start, len, page_size, |done| {
-            let mut present = raw::uffdio_continue {
-                range: raw::uffdio_range {
-                    start: range.start + done,
-                    len: len - done,
-                },
-                mode: 0,
-                mapped: 0,
-            };
-            let result = self.ioctl::<{ ioctl::UFFDIO_CONTINUE }, _>(&mut present);
-            (result, present.mapped)
-        })
+        self.fill(
+            range.start,
+            raw_range(&range)?.len,
+            page_size,
+            |done, len| {
+                let mut present = raw::uffdio_continue {
+                    range: raw::uffdio_range {
+                        start: range.start + done,
+                        len,
+                    },
+                    mode: 0,
+                    mapped: 0,
+                };
+                let result = self.ioctl::<{ ioctl::UFFDIO_CONTINUE }, _>(&mut present);
+                (result, present.mapped)
+            },
+        )
     }
 
     /// Write-protects `range`, registered with [`Mode::wp`], or lifts the protection and wakes who waits.
@@ -337,14 +350,17 @@ impl Uffd {
         Ok(Features::from_bits(api.features))
     }
 
-    /// Runs `step`, which gets the bytes that are done and answers with what the kernel returned and wrote back,
-    /// until `len` bytes are done or something stops it.
+    /// Runs `step`, which gets the bytes that are done and how many are next, and answers with what the kernel returned and
+    /// wrote back, until `len` bytes are done or something stops it.
+    ///
+    /// The kernel fills nothing if a call reaches beyond one of its mappings, and says the same as where there is none. What was
+    /// one `mmap` may be many of them: each `mprotect` of a part makes some. So less is asked for, and more again.
     fn fill(
         &self,
         address: u64,
         len: u64,
         page_size: u64,
-        mut step: impl FnMut(u64) -> (Result<(), Errno>, i64),
+        mut step: impl FnMut(u64, u64) -> (Result<(), Errno>, i64),
     ) -> io::Result<Installed> {
         if !page_size.is_power_of_two() || !len.is_multiple_of(page_size) {
             return Err(io::Error::new(
@@ -357,14 +373,17 @@ impl Uffd {
             done: 0,
             stopped: None,
         };
+        let mut most = len;
         while installed.done < len {
-            let (result, written) = step(installed.done);
+            let next = most.min(len - installed.done);
+            let (result, written) = step(installed.done, next);
             // What is written back is a count, or an error that `result` holds as well.
             let progress = u64::try_from(written).unwrap_or(0);
             match result {
                 Ok(()) | Err(Errno::AGAIN) if progress > 0 => {
                     installed.bytes += progress;
                     installed.done += progress;
+                    most = most.saturating_mul(2);
                 }
                 Err(Errno::EXIST) => {
                     // Who waits there was not woken by whoever made the page present with a plain write.
@@ -374,6 +393,9 @@ impl Uffd {
                 }
                 Err(Errno::INTR) => {}
                 Ok(()) | Err(Errno::AGAIN) => installed.stopped = Some(Stop::Changing),
+                Err(Errno::NOENT) if next > page_size => {
+                    most = (next / page_size).div_ceil(2) * page_size;
+                }
                 Err(Errno::NOENT) => installed.stopped = Some(Stop::Unmapped),
                 Err(Errno::SRCH) => installed.stopped = Some(Stop::Exited),
                 Err(Errno::NOSPC | Errno::NOMEM) => installed.stopped = Some(Stop::NoRoom),

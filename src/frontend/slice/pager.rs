@@ -286,29 +286,41 @@ impl Pager {
         })
     }
 
-    /// Makes `pages` present with `data`, but for those that are zeros by now: who waits for one of them looks again.
+    /// Makes `pages` present with `data`, but for those that are zeros by now, or are mapped no more: who waits for one of them looks
+    /// again.
     fn install_but_zeros(&self, pages: &Range<u64>, data: &[u8]) -> Result<u64, Problem> {
         let step = (LONGEST_HOLD / self.page).max(1);
         let mut installed = 0;
         for part in cut_by(pages.clone(), step) {
             // Nothing is behind the lock that could be left half done.
             let _stable = self.stable.read().unwrap_or_else(PoisonError::into_inner);
-            for (run, zeros) in self.alike(&part) {
-                let addresses = self.addresses(&run);
+            for (mut run, zeros) in self.alike(&part) {
                 if zeros {
-                    self.uffd.wake(addresses)?;
+                    self.uffd.wake(self.addresses(&run))?;
                     continue;
                 }
-                let place = |page: u64| {
-                    usize::try_from((page - pages.start) * self.page).expect("within the data")
-                };
-                let bytes = &data[place(run.start)..place(run.end)];
-                let done = self.healing(&run, || {
-                    Ok(self.uffd.install(addresses.start, bytes, self.page)?)
-                })?;
-                self.resident
-                    .insert_run(ChunkRun::new(run.start, done.done / self.page));
-                installed += outcome(done)?;
+                while !run.is_empty() {
+                    let place = |page: u64| {
+                        usize::try_from((page - pages.start) * self.page).expect("within the data")
+                    };
+                    let bytes = &data[place(run.start)..place(run.end)];
+                    let address = self.addresses(&run).start;
+                    let done =
+                        self.healing(&run, || Ok(self.uffd.install(address, bytes, self.page)?))?;
+                    let count = done.done / self.page;
+                    self.resident.insert_run(ChunkRun::new(run.start, count));
+                    run.start += count;
+                    installed += done.bytes;
+                    if done.stopped == Some(Stop::Unmapped) {
+                        // It is not of the snapshot any more: what is mapped there next begins as zeros. The page after it may be there.
+                        let gone = run.start..run.start + 1;
+                        self.note_zeros(&gone);
+                        self.wake(&gone);
+                        run.start = gone.end;
+                    } else {
+                        outcome(done)?;
+                    }
+                }
             }
         }
         Ok(installed)

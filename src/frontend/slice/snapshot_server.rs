@@ -175,11 +175,8 @@ impl SnapshotServer {
                     rest.start = absent.end;
                     looks = 0;
                 }
-                // It is not of the snapshot any more: nobody waits for it, and what is mapped there next begins as zeros.
-                Err(Problem::Gone) => {
-                    self.pager().note_zeros(&absent);
-                    rest.start = absent.end;
-                }
+                // The VMM has ended.
+                Err(Problem::Gone) => return Ok(()),
                 Err(Problem::Storage(error)) => return Err(error),
                 // The threads that serve faults read of it.
                 Err(Problem::Changing) if looks < LOOKS => {

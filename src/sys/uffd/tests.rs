@@ -413,6 +413,43 @@ fn private_memory_that_is_installed_protected_names_what_was_written_alone() {
     assert_eq!(written(true), [0]);
 }
 
+/// Of what was one mapping, part of it protected makes three: the kernel fills none by a call for two.
+#[test]
+fn memory_that_is_several_mappings_is_filled_as_one() {
+    use crate::sys::memory::Memory;
+    let check = |fill: &dyn Fn(&Uffd, Range<u64>) -> io::Result<Installed>| {
+        let memory = Memory::reserve(256 * PAGE).unwrap();
+        let uffd = Uffd::create(Scope::UserModeOnly, Features::none()).unwrap();
+        let addresses = memory.addresses();
+        uffd.register(addresses.clone(), MISSING).unwrap();
+        let at = |page: u64| {
+            ptr::with_exposed_provenance_mut(
+                usize::try_from(addresses.start + page * PAGE).unwrap(),
+            )
+        };
+        // SAFETY: pages of the mapping, to which nobody has a reference.
+        unsafe { rustix::mm::mprotect(at(100), 4096, rustix::mm::MprotectFlags::READ).unwrap() };
+        let installed = fill(&uffd, addresses.clone()).unwrap();
+        assert_eq!((installed.bytes, installed.stopped), (256 * PAGE, None));
+        let mut byte = [9];
+        for page in [99, 100, 101, 255] {
+            memory.load(page * PAGE, &mut byte).unwrap();
+            assert_ne!(byte, [9], "page {page}");
+        }
+        // What is gone stops it where it is.
+        memory.discard(0..256 * PAGE).unwrap();
+        uffd.unregister(addresses.start + 77 * PAGE..addresses.start + 78 * PAGE)
+            .unwrap();
+        let stopped = fill(&uffd, addresses.clone()).unwrap();
+        assert_eq!(
+            (stopped.done, stopped.stopped),
+            (77 * PAGE, Some(Stop::Unmapped))
+        );
+    };
+    check(&|uffd, range| uffd.install(range.start, &[5; 256 * 4096], PAGE));
+    check(&|uffd, range| uffd.zero(range, PAGE));
+}
+
 #[test]
 fn a_page_that_was_poisoned_can_still_be_installed() {
     use crate::sys::memory::Memory;

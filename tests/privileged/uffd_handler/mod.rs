@@ -71,6 +71,39 @@ fn what_is_given_back_is_zeros_whatever_comes_meanwhile() {
     }
 }
 
+/// As for memory that is plugged in and not in use yet: the kernel fills no two of its mappings by one call.
+#[test]
+fn what_is_one_mapping_to_the_vmm_may_be_many_to_the_kernel() {
+    for more in [&[][..], &["--no-populate"]] {
+        let rig = Rig::new(PAGES);
+        let (_peer, address) = rig.peer("127.0.0.1:0");
+        let link = Link::to(address, Duration::from_millis(5));
+        let mut handler = rig.handler(&link.url(), more);
+        let machine = Machine {
+            protected: vec![(100, 101), (700, 800), (2047, 2049), (3000, 3071)],
+            ..Machine::of(PAGES)
+        };
+        let mut vmm = machine.start(&rig.socket());
+        // Faults in a sequence across the borders, which are read ahead and installed together.
+        for page in (690..710).chain(2040..2055) {
+            vmm.must(&format!("touch {page}"));
+        }
+        if more.is_empty() {
+            handler.event("complete");
+            handler.ends_with(0);
+        }
+        vmm.must("all");
+        vmm.must("protect 700 800 1");
+        vmm.must("all");
+        if !more.is_empty() {
+            handler.signal(Signal::TERM);
+            handler.event("complete");
+            handler.ends_with(0);
+            vmm.must("all");
+        }
+    }
+}
+
 #[test]
 fn a_fault_comes_over_the_network_before_the_rest_has() {
     let rig = Rig::new(PAGES);

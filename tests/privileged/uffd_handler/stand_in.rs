@@ -65,6 +65,8 @@ pub(super) struct Machine {
     pub(super) scope: Scope,
     /// In so many bytes is the message sent each time.
     pub(super) piece: usize,
+    /// Pages of the snapshot that can only be read at first, each a mapping of its own to the kernel.
+    pub(super) protected: Vec<(u64, u64)>,
     /// What it says of its memory, if that is a lie.
     pub(super) says: Option<String>,
 }
@@ -78,6 +80,7 @@ impl Machine {
             claims: 4096,
             scope: Scope::UserModeOnly,
             piece: usize::MAX,
+            protected: Vec::new(),
             says: None,
         }
     }
@@ -86,7 +89,8 @@ impl Machine {
         let what = json!({
             "socket": socket, "regions": self.regions, "page_size": self.page_size,
             "claims": self.claims,
-            "kernel": self.scope == Scope::UserAndKernel, "piece": self.piece, "says": self.says,
+            "kernel": self.scope == Scope::UserAndKernel, "piece": self.piece, "protected": self.protected,
+            "says": self.says,
         });
         let mut child = this_binary()
             .env(ROLE, what.to_string())
@@ -219,6 +223,21 @@ impl Region {
         assert_eq!(done, 0, "{}", io::Error::last_os_error());
     }
 
+    /// Lets a part be read only, or be written again: it is a mapping of its own while it is not.
+    fn protect(&self, bytes: Range<u64>, writable: bool) {
+        let len = usize::try_from(bytes.end - bytes.start).unwrap();
+        let write = if writable { libc::PROT_WRITE } else { 0 };
+        // SAFETY: within the mapping; nobody writes there meanwhile.
+        let done = unsafe {
+            libc::mprotect(
+                self.at(bytes.start / 8).cast(),
+                len,
+                libc::PROT_READ | write,
+            )
+        };
+        assert_eq!(done, 0, "{}", io::Error::last_os_error());
+    }
+
     /// Has the kernel read of a page, as KVM does.
     fn read_by_kernel(&self, word: u64) -> u64 {
         let (reader, writer) = rustix::pipe::pipe().unwrap();
@@ -236,8 +255,9 @@ struct Memory {
     page: u64,
     /// Pages of the snapshot that were given back.
     zeros: BTreeSet<u64>,
-    _uffd: Uffd,
-    _socket: UnixStream,
+    /// Kept open, as Firecracker does.
+    uffd: Uffd,
+    socket: UnixStream,
 }
 
 fn announce(regions: &[Region], page: u64) -> String {
@@ -298,21 +318,29 @@ impl Memory {
             };
             uffd.register(start..start + region.bytes, mode).unwrap();
         }
-        let socket = UnixStream::connect(what["socket"].as_str().unwrap()).unwrap();
-        let message = what["says"].as_str().map_or_else(
-            || announce(&regions, number(&what["claims"])),
-            str::to_owned,
-        );
-        let piece = usize::try_from(number(&what["piece"])).unwrap();
-        let descriptor = uffd.as_fd().try_clone_to_owned().unwrap();
-        send(&socket, message.as_bytes(), piece, &descriptor);
-        Self {
+        let memory = Self {
             regions,
             page,
             zeros: BTreeSet::new(),
-            _uffd: uffd,
-            _socket: socket,
+            uffd,
+            socket: UnixStream::connect(what["socket"].as_str().unwrap()).unwrap(),
+        };
+        for pages in what["protected"].as_array().unwrap() {
+            memory.protect(number(&pages[0])..number(&pages[1]), false);
         }
+        let message = what["says"].as_str().map_or_else(
+            || announce(&memory.regions, number(&what["claims"])),
+            str::to_owned,
+        );
+        let piece = usize::try_from(number(&what["piece"])).unwrap();
+        let descriptor = memory.uffd.as_fd().try_clone_to_owned().unwrap();
+        send(&memory.socket, message.as_bytes(), piece, &descriptor);
+        memory
+    }
+
+    fn protect(&self, pages: Range<u64>, writable: bool) {
+        let (region, at) = self.place(pages.start * 512);
+        region.protect(at * 8..at * 8 + (pages.end - pages.start) * 4096, writable);
     }
 
     /// Where word `word` of the snapshot is.
@@ -456,6 +484,7 @@ impl Memory {
                 assert_eq!(region.read_by_kernel(at), self.expected(page * 512 + 7));
             }
             ("discard", &[first, end]) => self.discard(first..end),
+            ("protect", &[first, end, writable]) => self.protect(first..end, writable == 1),
             ("churn", &[rounds]) => self.churn(rounds),
             ("measure", &[count]) => return self.measure(count),
             _ => panic!("no command: {line}"),

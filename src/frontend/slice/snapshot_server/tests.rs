@@ -255,6 +255,29 @@ fn holes_are_zeros_that_are_not_fetched() {
 }
 
 #[test]
+fn what_is_not_served_any_more_is_zeros_and_its_neighbours_are_not() {
+    const PAGES: u64 = 300;
+    let vmm = Vmm::new(PAGES);
+    let server = vmm.served(storage(PAGES));
+    let start = vmm.memory.addresses().start;
+    let own = |page: u64| start + page * PAGE..start + (page + 1) * PAGE;
+    for page in [0, 77, 78, 200] {
+        vmm.uffd.unregister(own(page)).unwrap();
+    }
+    assert_eq!(vmm.byte(76), byte_of(76));
+    server.bring(0..PAGES * PAGE, &mut Vec::new()).unwrap();
+    let progress = server.progress();
+    assert_eq!(
+        (progress.resident, progress.zeros),
+        ((PAGES - 4) * PAGE, 4 * PAGE)
+    );
+    for page in (0..PAGES).filter(|page| ![0, 77, 78, 200].contains(page)) {
+        assert_eq!(vmm.byte(page), byte_of(page), "page {page}");
+    }
+    server.finish(PATIENCE).unwrap();
+}
+
+#[test]
 fn memory_that_is_not_the_snapshots_is_refused() {
     let vmm = Vmm::new(4);
     let refused = |snapshot, pages| {
