@@ -461,10 +461,7 @@ mod tests {
                 String::from_utf8_lossy(&RICH.as_bytes()[..cut])
             );
         }
-        assert_eq!(
-            parse(&RICH.as_bytes()[..end]).unwrap(),
-            Some(expected.clone())
-        );
+        assert_eq!(parse(&RICH.as_bytes()[..end]).unwrap(), Some(expected));
     }
 
     #[test]

@@ -78,7 +78,7 @@ pub struct SnapshotProgress {
     pub bytes: u64,
     /// What has come from the storage.
     pub resident: u64,
-    /// What is zeros and need not come: the guest gave it back, or the storage has nothing there.
+    /// What is zeros and is not installed before it is accessed: the guest gave it back, or the storage has nothing else there.
     pub zeros: u64,
     /// How long faults took.
     pub faults: FaultTimes,
@@ -197,6 +197,13 @@ impl SnapshotServer {
     fn bring_pages(&self, pages: &Range<u64>, buffer: &mut Vec<u8>) -> Result<(), Problem> {
         let pager = self.pager();
         let data = pager.read(pages, buffer, <dyn Storage>::read_ahead_at)?;
+        let len = usize::try_from(pager.page).expect("a page is little");
+        for (page, bytes) in pages.clone().zip(data.chunks_exact(len)) {
+            // A file without holes may be zeros for the most part, which the VMM has at no cost if they are not installed.
+            if is_zeros(bytes) {
+                pager.note_zeros(&(page..page + 1));
+            }
+        }
         pager.install(pages, data, Install::Clean, None).map(|_| ())
     }
 
@@ -258,6 +265,14 @@ impl SnapshotServer {
     fn pager(&self) -> &Pager {
         &self.service.pager
     }
+}
+
+fn is_zeros(bytes: &[u8]) -> bool {
+    // Each byte is as the one before it: one comparison of memory.
+    let same = |rest: &[u8]| *rest == bytes[..rest.len()];
+    bytes
+        .split_first()
+        .is_none_or(|(&first, rest)| first == 0 && same(rest))
 }
 
 /// Checks what only the storage and the kernel know.

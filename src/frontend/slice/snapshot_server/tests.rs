@@ -255,6 +255,26 @@ fn holes_are_zeros_that_are_not_fetched() {
 }
 
 #[test]
+fn zeros_that_come_take_no_memory() {
+    let storage = storage(600);
+    for range in [0..PAGE, 7 * PAGE..300 * PAGE, 599 * PAGE..600 * PAGE] {
+        let len = usize::try_from(range.end - range.start).unwrap();
+        storage.write_all_at(&vec![0; len], range.start).unwrap();
+    }
+    let vmm = Vmm::new(600);
+    let server = vmm.served(storage);
+    server.bring(0..600 * PAGE, &mut Vec::new()).unwrap();
+    let progress = server.progress();
+    assert_eq!(
+        (progress.resident, progress.zeros),
+        (305 * PAGE, 295 * PAGE)
+    );
+    assert_eq!([vmm.byte(0), vmm.byte(6), vmm.byte(7)], [0, byte_of(6), 0]);
+    server.finish(PATIENCE).unwrap();
+    assert_eq!([vmm.byte(299), vmm.byte(300)], [0, byte_of(300)]);
+}
+
+#[test]
 fn what_is_not_served_any_more_is_zeros_and_its_neighbours_are_not() {
     const PAGES: u64 = 300;
     let vmm = Vmm::new(PAGES);
