@@ -28,6 +28,8 @@ struct State {
     connecting: bool,
     /// When to try again, after an attempt that failed, and how long to wait after the next that fails.
     retry: Option<(Instant, Duration)>,
+    /// What the last attempt said, if it failed.
+    failure: Option<String>,
     /// The remote is being closed.
     closed: bool,
 }
@@ -78,6 +80,11 @@ impl Lane {
         self.lock().retry.is_some_and(|(at, _)| at > Instant::now())
     }
 
+    /// Why there is no connection, as far as that was tried.
+    pub(super) fn failure(&self) -> Option<String> {
+        self.lock().failure.clone()
+    }
+
     /// The connection; a new one by `dial` if there is none. Of several callers one connects, and the others wait for it. An attempt
     /// that failed is repeated after a pause, as long as `again` says so.
     ///
@@ -120,6 +127,7 @@ impl Lane {
                             let connection = Arc::new(connection);
                             state.connection = Some(Arc::clone(&connection));
                             state.retry = None;
+                            state.failure = None;
                             if state.closed {
                                 connection.hang_up();
                             }
@@ -129,6 +137,7 @@ impl Lane {
                             let pause = state.retry.map_or(FIRST_PAUSE, |(_, pause)| pause);
                             state.retry =
                                 Some((Instant::now() + pause, (pause * 2).min(LONGEST_PAUSE)));
+                            state.failure = Some(error.to_string());
                             if !again(&error) {
                                 return Err(Some(error));
                             }

@@ -142,6 +142,13 @@ impl Remote {
         self.agreed.allocation.is_some()
     }
 
+    /// Why the server cannot be reached at this moment, if an attempt to connect again has failed and none has succeeded since. Operations
+    /// say so only when their deadline is over.
+    #[must_use]
+    pub fn outage(&self) -> Option<String> {
+        self.lanes[0].failure()
+    }
+
     /// The bytes that [`DoubtfulWrites`](super::DoubtfulWrites) has named and nobody has written again. Taken, they are forgotten.
     #[must_use]
     pub fn take_doubtful(&self) -> Vec<Range<u64>> {

@@ -153,6 +153,22 @@ fn a_vmm_that_ends_ends_its_handler() {
 }
 
 #[test]
+fn a_vmm_that_ends_ends_its_handler_also_while_the_network_says_nothing() {
+    let rig = Rig::new(PAGES);
+    let (_peer, address) = rig.peer("127.0.0.1:0");
+    let link = Link::to(address, Duration::ZERO);
+    let mut handler = rig.handler(&link.url(), &["--no-populate", "--deadline", "1h"]);
+    let mut vmm = Machine::of(PAGES).start(&rig.socket());
+    vmm.must("touch 7");
+    link.stall();
+    vmm.tell("touch 2000");
+    handler.event("stalled");
+    drop(vmm);
+    handler.event("vmm-ended");
+    handler.ends_with(0);
+}
+
+#[test]
 fn a_vmm_whose_handler_dies_is_killed_unless_it_is_to_wait() {
     for (choice, killed) in [("kill", true), ("wait", false)] {
         let rig = Rig::new(PAGES);
@@ -249,19 +265,18 @@ fn the_socket_is_given_to_the_user_who_runs_the_vmm() {
 fn a_vmm_that_waits_goes_on_when_the_peer_is_back() {
     let rig = Rig::new(PAGES);
     let (peer, address) = rig.peer("127.0.0.1:0");
-    let more = [
-        "--no-populate",
-        "--deadline",
-        "300ms",
-        "--on-failure",
-        "wait",
-    ];
+    let more = ["--no-populate", "--on-failure", "wait"];
     let mut handler = rig.handler(&format!("nbd://{address}"), &more);
     let mut vmm = Machine::of(PAGES).start(&rig.socket());
     vmm.must("touch 7");
     drop(peer);
     vmm.tell("touch 2000");
-    handler.event("stalled");
+    // Long before anything has failed for good.
+    let error = handler.event("stalled")["error"].clone();
+    assert!(
+        error.as_str().unwrap().contains("cannot connect"),
+        "{error}"
+    );
     let _peer = rig.peer(&address.to_string());
     assert_eq!(vmm.answer(), "well");
     handler.event("going-on");

@@ -26,7 +26,7 @@ use crate::remote::RemoteArgs;
 use crate::signals::stop_on_signal;
 use crate::socket::{self, Remove};
 use source::{From, Source};
-use view::View;
+use view::{NOTHING, View};
 use vmm::{Vmm, Watchdog};
 
 pub(crate) use vmm::watch;
@@ -147,19 +147,6 @@ enum Fate {
     Waits,
 }
 
-impl Deprived {
-    fn of(progress: &RestoreProgress, fate: Fate) -> Self {
-        let memory = &progress.memory;
-        let why = memory.waiting.as_ref().map(|waiting| &waiting.error);
-        let why = why.or(progress.last_error.as_ref());
-        Self {
-            missing: memory.bytes - memory.resident - memory.zeros,
-            why: why.map_or_else(|| "it was ended before".to_owned(), Clone::clone),
-            fate,
-        }
-    }
-}
-
 impl Fate {
     /// Does with a VMM that lacks memory what was asked for.
     fn of(vmm: &Vmm, choice: OnFailure) -> Self {
@@ -227,6 +214,7 @@ pub(crate) fn run(args: &UffdHandler, output: Output) -> anyhow::Result<()> {
     let serving = Serving {
         args,
         output,
+        source: &source,
         restore,
         watchdog: watchdog(args, &vmm, output),
         vmm,
@@ -336,6 +324,7 @@ impl Listening {
 struct Serving<'a> {
     args: &'a UffdHandler,
     output: Output,
+    source: &'a Source,
     restore: Restore,
     watchdog: Option<Watchdog>,
     vmm: Vmm,
@@ -354,7 +343,8 @@ impl Serving<'_> {
                 self.restore.populate()?;
             }
             let progress = self.restore.progress();
-            view.show(&progress);
+            let why = self.why(&progress);
+            view.show(&progress, why.as_deref());
             if self.vmm.has_ended() {
                 break (progress, Ok("vmm-ended"));
             }
@@ -371,9 +361,15 @@ impl Serving<'_> {
                 finished?;
                 break (progress, Ok("complete"));
             }
-            if signals > 1 || self.is_lost(&progress) {
-                let fate = Fate::of(&self.vmm, self.args.on_failure);
-                let lacks = Deprived::of(&progress, fate);
+            let lost = self.is_lost(&progress);
+            if signals > 1 || lost {
+                let memory = &progress.memory;
+                let otherwise = if lost { NOTHING } else { "it was ended before" };
+                let lacks = Deprived {
+                    missing: memory.bytes - memory.resident - memory.zeros,
+                    why: why.unwrap_or_else(|| otherwise.to_owned()),
+                    fate: Fate::of(&self.vmm, self.args.on_failure),
+                };
                 break (progress, Err(lacks));
             }
         };
@@ -381,9 +377,19 @@ impl Serving<'_> {
             watchdog.release();
         }
         view.end(&progress, begun.elapsed());
+        // Its threads may wait for a storage that does not answer, and nobody needs them: they end with this process.
+        std::mem::forget(self.restore);
         self.output
             .event(ended.as_ref().copied().unwrap_or("deprived"), &json!({}));
         ended.map(|_| ()).map_err(Into::into)
+    }
+
+    /// Why memory does not come at this moment.
+    fn why(&self, progress: &RestoreProgress) -> Option<String> {
+        let waiting = progress.memory.waiting.as_ref();
+        self.source
+            .outage()
+            .or_else(|| waiting.map(|waiting| waiting.error.clone()))
     }
 
     /// Whether somebody has waited for too long.

@@ -42,13 +42,14 @@ impl FromStr for From {
 /// The snapshot's memory.
 pub(super) struct Source {
     pub(super) storage: Arc<dyn Storage>,
+    remote: Option<Arc<Remote>>,
     /// Removed when nobody reads it any more.
     _file: Option<CacheFile>,
 }
 
 impl Source {
     pub(super) fn open(args: &UffdHandler) -> anyhow::Result<Self> {
-        let (storage, file) = match &args.from {
+        let (storage, remote, file) = match &args.from {
             From::Path(path) => {
                 ensure!(
                     args.cache.is_none(),
@@ -58,9 +59,13 @@ impl Source {
                     File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
                 let storage = FileStorage::new(file)
                     .with_context(|| format!("cannot read {}", path.display()))?;
-                (Arc::new(storage) as Arc<dyn Storage>, None)
+                (Arc::new(storage) as Arc<dyn Storage>, None, None)
             }
-            From::Url(url) => remote(args, url)?,
+            From::Url(url) => {
+                let remote = connect(args, url)?;
+                let (storage, file) = cached(args, &remote)?;
+                (storage, Some(remote), file)
+            }
         };
         ensure!(
             !storage.is_empty(),
@@ -68,20 +73,30 @@ impl Source {
         );
         Ok(Self {
             storage,
+            remote,
             _file: file,
         })
     }
+
+    /// Why it cannot be reached at this moment.
+    pub(super) fn outage(&self) -> Option<String> {
+        self.remote.as_ref().and_then(|remote| remote.outage())
+    }
 }
 
-fn remote(
-    args: &UffdHandler,
-    url: &NbdUrl,
-) -> anyhow::Result<(Arc<dyn Storage>, Option<CacheFile>)> {
+fn connect(args: &UffdHandler, url: &NbdUrl) -> anyhow::Result<Arc<Remote>> {
     let options = RemoteOptions {
         read_only: true,
         ..args.remote.options(args.deadline)
     };
-    let remote = Arc::new(Remote::connect(url, &options)?);
+    Ok(Arc::new(Remote::connect(url, &options)?))
+}
+
+fn cached(
+    args: &UffdHandler,
+    remote: &Arc<Remote>,
+) -> anyhow::Result<(Arc<dyn Storage>, Option<CacheFile>)> {
+    let remote = Arc::clone(remote);
     let Some(cache) = args.cache.as_ref().filter(|_| !remote.is_empty()) else {
         return Ok((remote, None));
     };
