@@ -114,6 +114,32 @@ fn an_error_of_the_medium_comes_through_as_what_it_is() {
 }
 
 #[test]
+fn who_waits_for_a_server_that_is_away_can_be_told_why() {
+    let memory: Arc<dyn Storage> = Arc::new(MemoryStorage::new(4096));
+    let rig = Rig::new();
+    let remote = rig.connect(Arc::clone(&memory));
+    let port = rig.port;
+    assert_eq!(remote.outage(), None);
+    drop(rig);
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| remote.read_exact_at(&mut [1], 0));
+        let begun = Instant::now();
+        let why = loop {
+            assert!(begun.elapsed() < SOON && !reader.is_finished());
+            if let Some(why) = remote.outage() {
+                break why;
+            }
+            std::thread::yield_now();
+        };
+        assert!(why.contains("cannot connect"), "{why}");
+        let rig = Rig::at(TcpListener::bind(("127.0.0.1", port)).unwrap());
+        rig.serve(memory);
+        reader.join().unwrap().unwrap();
+        assert_eq!(remote.outage(), None);
+    });
+}
+
+#[test]
 fn readers_and_writers_go_on_while_servers_come_and_go() {
     // The bytes outlive the servers, as those of a disk do.
     const LEN: u64 = 4 << 20;

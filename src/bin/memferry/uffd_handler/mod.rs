@@ -26,7 +26,7 @@ use crate::remote::RemoteArgs;
 use crate::signals::stop_on_signal;
 use crate::socket::{self, Remove};
 use source::{From, Source};
-use view::{NOTHING, View};
+use view::View;
 use vmm::{Vmm, Watchdog};
 
 pub(crate) use vmm::watch;
@@ -364,7 +364,11 @@ impl Serving<'_> {
             let lost = self.is_lost(&progress);
             if signals > 1 || lost {
                 let memory = &progress.memory;
-                let otherwise = if lost { NOTHING } else { "it was ended before" };
+                let otherwise = if lost {
+                    "nobody answered in time"
+                } else {
+                    "it was ended before"
+                };
                 let lacks = Deprived {
                     missing: memory.bytes - memory.resident - memory.zeros,
                     why: why.unwrap_or_else(|| otherwise.to_owned()),

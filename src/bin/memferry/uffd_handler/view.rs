@@ -16,7 +16,7 @@ const LONG: Duration = Duration::from_secs(1);
 /// How often it is told of again.
 const AGAIN: Duration = Duration::from_secs(60);
 /// What is told where nobody has said why memory does not come.
-pub(super) const NOTHING: &str = "nothing has come yet";
+const NOTHING: &str = "nothing has come yet";
 
 /// A bar for a terminal, events for programs, a few lines for a log.
 pub(super) struct View {
@@ -99,7 +99,7 @@ impl View {
                     format!("memferry: the VMM waits for memory: {why}")
                 } else {
                     format!(
-                        "memferry: the VMM has waited for memory for {} minutes: {why}",
+                        "memferry: the VMM has waited for memory for {} min: {why}",
                         waits.as_secs() / 60
                     )
                 });
