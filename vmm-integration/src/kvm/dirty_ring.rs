@@ -251,7 +251,7 @@ impl DirtyRing {
             (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
         }
         // Whoever harvested since the ring was full has made room, unless KVM has lost count.
-        if state.harvests != before && !state.rings.is_overrun(number) {
+        if state.harvests != before && !state.rings.may_be_full(number) {
             return Ok(());
         }
         self.harvest_with(&mut state, |rings, found, reset| {

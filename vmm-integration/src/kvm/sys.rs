@@ -237,10 +237,17 @@ impl Ring {
         })
     }
 
-    /// Tells KVM that the entry at `index` was read, whatever it is.
-    pub(super) fn say_read(&self, index: u32) {
+    fn say_read(&self, index: u32) {
         // Release: KVM may write the entry anew once it sees this, and we have read it by then.
         self.flags(index).store(RESET, Ordering::Release);
+    }
+
+    /// Tells KVM that the entry at `index` was read, though there is nothing in it to be read now. `false` if there is: KVM may
+    /// fill it at this moment.
+    pub(super) fn pass(&self, index: u32) -> bool {
+        let (flags, order) = (self.flags(index), Ordering::AcqRel);
+        let unread = |flags| (flags & DIRTY == 0).then_some(RESET);
+        flags.fetch_update(order, Ordering::Acquire, unread).is_ok()
     }
 
     /// Takes that back, unless KVM has reset the entry or filled it anew meanwhile.
@@ -260,6 +267,39 @@ impl Ring {
         // SAFETY: `entry` gives a place that is mapped as long as `self` lives, and aligned. The flags are the first field
         // of an entry and are only accessed atomically, here and by KVM, but for the read of a whole entry, in between.
         unsafe { AtomicU32::from_ptr(self.entry(index).cast()) }
+    }
+}
+
+/// What KVM does with a ring.
+#[cfg(test)]
+impl Ring {
+    /// Fills an entry, whatever it is.
+    pub(super) fn fill(&self, index: u32, entry: Entry) {
+        let place = self.entry(index);
+        // SAFETY: the second word of an entry, which is mapped and aligned, is its slot.
+        unsafe {
+            place
+                .cast::<u32>()
+                .wrapping_add(1)
+                .write_volatile(entry.slot);
+        };
+        // SAFETY: its second half is the page.
+        unsafe {
+            place
+                .cast::<u64>()
+                .wrapping_add(1)
+                .write_volatile(entry.page);
+        };
+        self.flags(index).store(DIRTY, Ordering::Release);
+    }
+
+    /// Resets an entry if it was read, as KVM does it: not in one go.
+    pub(super) fn reset(&self, index: u32) -> bool {
+        let was_read = self.flags(index).load(Ordering::Acquire) & RESET != 0;
+        if was_read {
+            self.flags(index).store(0, Ordering::Release);
+        }
+        was_read
     }
 }
 

@@ -11,11 +11,15 @@ use crate::kvm::sys::{Entry, Mark, Ring};
 /// KVM fills a ring's entries in order, round and round; we read them in order and say so; KVM, when it is asked to, resets
 /// what was read in order, up to the first entry that was not. It stops a vCPU well before its ring is full.
 ///
-/// That is not always well enough: a vCPU that KVM emulates may write a thousand times before KVM looks, and then entries
-/// are overwritten that were not read, or that were and are not reset yet. This is noticed and said ([`lost`](Self::lost)),
-/// and the ring goes on to work, though KVM counts entries as filled from then on that are not. What KVM counts is not
-/// to be had, so whatever happens, the entry that comes next is never marked as read, and none is forgotten before KVM has
-/// reset it: KVM resets without a look at what it has filled, and would take the ring for full for ever if it went too far.
+/// That is not always well enough: a vCPU that KVM emulates may write a thousand times before KVM looks, and goes round its
+/// ring: then entries are overwritten that were not read, or that were and are not reset yet, and KVM counts entries as filled
+/// from then on that are not. Where it goes on filling is not to be had. So
+///
+/// - that it went round is seen by the last entry before it overwrites any that was read, which stays filled until it is read;
+/// - from then on KVM may fill [anywhere](Filling::Anywhere), and whatever is read counts as [lost](Self::lost), until the ring
+///   was seen empty: then the first entry that is filled tells where KVM goes on;
+/// - whatever happens, the entry that comes next is never marked as read, and none is forgotten before KVM has reset it: KVM
+///   resets without a look at what it has filled, and would take the ring for full for ever if it went too far.
 #[derive(Debug, Default)]
 pub(super) struct Rings {
     vcpus: Vec<Vcpu>,
@@ -34,12 +38,24 @@ struct Vcpu {
     kept: u32,
     /// Entries so far.
     pages: u64,
-    /// Whether entries of this ring were ever overwritten: then some may be missing that KVM counts as filled.
-    overrun: bool,
+    filling: Filling,
+    /// Whether all that was filled was read in order, when the ring was last read.
+    caught_up: bool,
     /// Whether entries from `kept` to `next` were overwritten.
     refilled: bool,
     /// What came next when room was last made for the vCPU.
     full_at: Option<u32>,
+}
+
+/// Where KVM goes on to fill a ring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Filling {
+    /// At the entry that comes next.
+    AtNext,
+    /// There or ahead of it: the ring was empty, and it is where the first entry is found.
+    Ahead,
+    /// Where nobody knows.
+    Anywhere,
 }
 
 /// How often KVM is asked in vain to go on with resetting: a signal stops it, and has then to be delivered.
@@ -59,7 +75,8 @@ impl Rings {
             next: 0,
             kept: 0,
             pages: 0,
-            overrun: false,
+            filling: Filling::AtNext,
+            caught_up: false,
             refilled: false,
             full_at: None,
         });
@@ -86,9 +103,11 @@ impl Rings {
         self.lost = false;
     }
 
-    /// Whether entries of this vCPU's ring were ever overwritten.
-    pub(super) fn is_overrun(&self, vcpu: usize) -> bool {
-        self.vcpus.get(vcpu).is_some_and(|vcpu| vcpu.overrun)
+    /// Whether KVM may take this vCPU's ring for full though nothing is in it.
+    pub(super) fn may_be_full(&self, vcpu: usize) -> bool {
+        self.vcpus
+            .get(vcpu)
+            .is_some_and(|vcpu| vcpu.filling != Filling::AtNext || vcpu.full_at == Some(vcpu.next))
     }
 
     /// Tells all entries that are there, and has them reset by `reset`, which says how many it has reset.
@@ -112,7 +131,6 @@ impl Rings {
             self.unreset += vcpu.collect(|entry| found(number, entry));
             any_full |= vcpu.is_full();
         }
-        self.lost |= any_full;
         any_full
     }
 
@@ -128,10 +146,12 @@ impl Rings {
             return Ok(());
         };
         // Full, with nothing read since it was last full, and nothing there: KVM counts entries that are not there.
-        if vcpu.overrun && vcpu.full_at == Some(vcpu.next) {
+        if vcpu.full_at == Some(vcpu.next) {
+            if vcpu.filling == Filling::AtNext {
+                vcpu.filling = Filling::Ahead;
+            }
             // A quarter is surely less than what KVM counts when it calls a ring full.
             self.unreset += vcpu.skip(vcpu.ring.count() / 4);
-            self.lost = true;
             self.reset(&mut found, &mut reset)?;
         }
         let vcpu = &mut self.vcpus[number];
@@ -163,7 +183,9 @@ impl Rings {
             break;
         }
         self.unreset = 0;
-        self.vcpus.iter_mut().for_each(Vcpu::forget);
+        for vcpu in &mut self.vcpus {
+            self.lost |= vcpu.forget();
+        }
         Ok(())
     }
 
@@ -196,7 +218,6 @@ impl Rings {
         for (number, vcpu) in self.vcpus.iter_mut().enumerate() {
             refilled |= vcpu.read_refilled(|entry| found(number, entry));
         }
-        self.lost |= refilled;
         refilled
     }
 }
@@ -205,6 +226,7 @@ impl Vcpu {
     /// Reads all entries that are there; how many are KVM's to reset now.
     fn collect(&mut self, mut found: impl FnMut(Entry)) -> u64 {
         let mut read = 0;
+        self.caught_up = false;
         while !self.is_full() {
             if let Some(entry) = self.ring.collect(self.next) {
                 self.next = self.next.wrapping_add(1);
@@ -219,12 +241,13 @@ impl Vcpu {
                 Mark::Held | Mark::Read => read += self.skip(1),
                 Mark::Free => match self.missing() {
                     Some(missing) => read += self.skip(missing),
-                    None => break,
+                    None => {
+                        self.caught_up = read > 0;
+                        break;
+                    }
                 },
             }
         }
-        // KVM leaves some entries free: where none is, it did not stop the vCPU in time.
-        self.overrun |= self.is_full();
         read
     }
 
@@ -233,10 +256,9 @@ impl Vcpu {
         self.next.wrapping_sub(self.kept) == self.ring.count() - 1
     }
 
-    /// How many entries come next that KVM counts as filled and that are not. KVM fills in order, so those are it that
-    /// come before one that is.
+    /// How many entries come next that KVM counts as filled and that are not: those that come before one that is.
     fn missing(&self) -> Option<u32> {
-        if !self.overrun {
+        if self.filling == Filling::AtNext {
             return None;
         }
         let left = self.ring.count() - 1 - self.next.wrapping_sub(self.kept);
@@ -244,21 +266,18 @@ impl Vcpu {
             let mark = self.ring.look(self.next.wrapping_add(ahead));
             matches!(mark, Mark::Filled | Mark::Held)
         };
-        let mut missing = (0..left).find(was_filled)?;
-        // Entries may have been filled since they were looked at, and then those are the first.
-        while let Some(earlier) = (0..missing).find(was_filled) {
-            missing = earlier;
-        }
-        (missing > 0).then_some(missing)
+        (1..=left).find(was_filled)
     }
 
-    /// Has KVM reset so many entries, though there is nothing in them to be read.
+    /// Has KVM reset so many entries, though there is nothing in them to be read; fewer, where there is. How many.
     fn skip(&mut self, count: u32) -> u64 {
-        for _ in 0..count {
-            self.ring.say_read(self.next);
+        let mut skipped = 0;
+        // KVM may fill them now, if it has gone round the ring and is among those that it has not filled before.
+        while skipped < count && self.ring.pass(self.next) {
             self.next = self.next.wrapping_add(1);
+            skipped += 1;
         }
-        count.into()
+        skipped.into()
     }
 
     /// The entries that were read and of which some may not be reset.
@@ -286,7 +305,6 @@ impl Vcpu {
                 found(entry);
             }
         }
-        self.overrun |= any;
         self.refilled |= any;
         any
     }
@@ -300,13 +318,30 @@ impl Vcpu {
         self.kept().filter(unreset).count() as u64
     }
 
-    /// All of them are reset. Those that were filled anew afterwards, and read, have their turn when KVM has gone round.
-    fn forget(&mut self) {
+    /// All of them are reset; whether any entry may be lost. Those that were filled anew afterwards, and read, have their turn when
+    /// KVM has gone round.
+    fn forget(&mut self) -> bool {
         if self.refilled {
             self.kept().for_each(|index| self.ring.hold(index));
         }
+        let read = self.kept != self.next;
+        // KVM fills in order: this one comes before any that was read. It may overwrite one while it resets it, and nothing tells.
+        let before = self.kept.wrapping_sub(1);
+        let went_round = self.refilled || read && self.ring.look(before) == Mark::Filled;
+        let lost = went_round || read && self.filling == Filling::Anywhere;
         self.refilled = false;
         self.kept = self.next;
+        self.filling = match self.filling {
+            _ if went_round => Filling::Anywhere,
+            Filling::Anywhere if self.is_empty() => Filling::Ahead,
+            Filling::Ahead if self.caught_up => Filling::AtNext,
+            as_before => as_before,
+        };
+        lost
+    }
+
+    fn is_empty(&self) -> bool {
+        (0..self.ring.count()).all(|index| self.ring.look(index) == Mark::Free)
     }
 }
 

@@ -2,7 +2,9 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::thread;
 
 use proptest::prelude::*;
 use rustix::fs::MemfdFlags;
@@ -16,8 +18,9 @@ const RESERVE: u64 = 64;
 /// KVM's side of a ring: what `virt/kvm/dirty_ring.c` does with one.
 struct Kernel {
     file: File,
-    filled: Cell<u64>,
-    reset: Cell<u64>,
+    ring: Ring,
+    filled: AtomicU64,
+    reset: AtomicU64,
 }
 
 impl Kernel {
@@ -25,10 +28,12 @@ impl Kernel {
         let file = rustix::fs::memfd_create("ring", MemfdFlags::CLOEXEC).unwrap();
         let file = File::from(file);
         file.set_len(SIZE * 16).unwrap();
+        let ring = Ring::map(file.as_fd(), 0, u32::try_from(SIZE).unwrap()).unwrap();
         Self {
             file,
-            filled: Cell::new(0),
-            reset: Cell::new(0),
+            ring,
+            filled: AtomicU64::new(0),
+            reset: AtomicU64::new(0),
         }
     }
 
@@ -36,47 +41,44 @@ impl Kernel {
         Ring::map(self.file.as_fd(), 0, u32::try_from(SIZE).unwrap()).unwrap()
     }
 
-    fn flags(&self, index: u64) -> u32 {
-        let mut flags = [0; 4];
-        self.file
-            .read_exact_at(&mut flags, index % SIZE * 16)
-            .unwrap();
-        u32::from_le_bytes(flags)
-    }
-
-    fn set_flags(&self, index: u64, flags: u32) {
-        let at = index % SIZE * 16;
-        self.file.write_all_at(&flags.to_le_bytes(), at).unwrap();
-    }
-
     /// Fills an entry, and does not look whether it may.
     fn push(&self, slot: u32, page: u64) {
-        let at = self.filled.get() % SIZE * 16;
-        self.file.write_all_at(&slot.to_le_bytes(), at + 4).unwrap();
-        self.file.write_all_at(&page.to_le_bytes(), at + 8).unwrap();
-        self.set_flags(self.filled.get(), 1);
-        self.filled.set(self.filled.get() + 1);
+        let index = self.filled();
+        self.ring.fill(wrapped(index), Entry { slot, page });
+        self.filled.store(index + 1, SeqCst);
     }
 
     /// Whether it would stop the vCPU.
     fn is_full(&self) -> bool {
-        self.filled.get() - self.reset.get() >= SIZE - RESERVE
+        self.filled() - self.reset() >= SIZE - RESERVE
+    }
+
+    fn filled(&self) -> u64 {
+        self.filled.load(SeqCst)
     }
 
     fn reset(&self) -> u64 {
+        self.reset.load(SeqCst)
+    }
+
+    fn reset_all(&self) -> u64 {
         self.reset_some(u64::MAX)
     }
 
     /// The same, up to `most` entries.
     fn reset_some(&self, most: u64) -> u64 {
         let mut count = 0;
-        while count < most && self.flags(self.reset.get()) & 2 != 0 {
-            self.set_flags(self.reset.get(), 0);
-            self.reset.set(self.reset.get() + 1);
+        while count < most && self.ring.reset(wrapped(self.reset())) {
+            self.reset.fetch_add(1, SeqCst);
             count += 1;
         }
         count
     }
+}
+
+/// An index as KVM has it.
+fn wrapped(index: u64) -> u32 {
+    u32::try_from(index & u64::from(u32::MAX)).unwrap()
 }
 
 fn rings(kernel: &Kernel) -> Rings {
@@ -88,7 +90,7 @@ fn rings(kernel: &Kernel) -> Rings {
 fn harvest(rings: &mut Rings, kernel: &Kernel) -> Vec<u64> {
     let mut pages = Vec::new();
     rings
-        .harvest(|_, entry| pages.push(entry.page), || Ok(kernel.reset()))
+        .harvest(|_, entry| pages.push(entry.page), || Ok(kernel.reset_all()))
         .unwrap();
     pages
 }
@@ -101,7 +103,7 @@ fn an_entry_is_read_once_and_only_when_it_was_filled() {
     kernel.push(7, 99);
     let entry = Entry { slot: 7, page: 99 };
     assert_eq!(ring.collect(0), Some(entry));
-    assert_eq!(kernel.flags(0), 2, "it is KVM's again");
+    assert_eq!(ring.look(0), Mark::Read, "it is KVM's again");
     assert_eq!(ring.collect(0), None, "until KVM fills it again");
     assert_eq!(ring.collect(1), None);
 }
@@ -138,11 +140,11 @@ fn resetting_goes_on_until_all_that_was_read_is_reset() {
         match calls.get() {
             1 => Ok(0),
             2 => Err(io::ErrorKind::Interrupted.into()),
-            _ => Ok(kernel.reset()),
+            _ => Ok(kernel.reset_all()),
         }
     };
     rings.harvest(|_, _| {}, reset).unwrap();
-    assert_eq!((calls.get(), kernel.reset.get()), (3, 10));
+    assert_eq!((calls.get(), kernel.reset()), (3, 10));
 }
 
 #[test]
@@ -163,7 +165,7 @@ fn a_kvm_that_resets_nothing_is_an_error_and_the_next_harvest_makes_up_for_it() 
     );
     kernel.push(0, 10);
     assert_eq!(harvest(&mut rings, &kernel), [10]);
-    assert_eq!(kernel.reset.get(), 11);
+    assert_eq!(kernel.reset(), 11);
     assert!(!rings.lost());
 }
 
@@ -181,7 +183,7 @@ fn a_ring_that_is_overrun_is_noticed_and_works_again() {
                 break;
             }
             rings
-                .make_room(0, |_, _| {}, || Ok(kernel.reset()))
+                .make_room(0, |_, _| {}, || Ok(kernel.reset_all()))
                 .unwrap();
         }
         assert!(rings.lost(), "{overrun}");
@@ -206,7 +208,7 @@ fn what_is_overwritten_before_it_is_reset_is_noticed() {
         if !pushed.replace(true) {
             (1000..1000 + SIZE - 100 + 30).for_each(|page| kernel.push(0, page));
         }
-        Ok(kernel.reset())
+        Ok(kernel.reset_all())
     };
     rings.harvest(|_, _| {}, reset).unwrap();
     assert!(rings.lost());
@@ -221,8 +223,84 @@ fn a_vcpu_that_is_not_there_has_no_room_made_for_it() {
     let kernel = Kernel::new();
     let mut rings = rings(&kernel);
     rings
-        .make_room(7, |_, _| {}, || Ok(kernel.reset()))
+        .make_room(7, |_, _| {}, || Ok(kernel.reset_all()))
         .unwrap();
+}
+
+/// Who reads the ring of a vCPU whose pages are written in order, each once.
+struct Reader<'a> {
+    kernel: &'a Kernel,
+    rings: Rings,
+    told: BTreeSet<u64>,
+    /// All pages before this one were told, or written when something was lost.
+    settled: u64,
+    overruns: u64,
+}
+
+impl Reader<'_> {
+    /// Reads the ring; for the vCPU, if it `is_full`.
+    fn read(&mut self, is_full: bool) {
+        let written = self.kernel.filled();
+        let found = |_: usize, entry: Entry| {
+            self.told.insert(entry.page);
+        };
+        let reset = || Ok(self.kernel.reset_all());
+        let read = match is_full {
+            true => self.rings.make_room(0, found, reset),
+            false => self.rings.harvest(found, reset),
+        };
+        read.unwrap();
+        if self.rings.lost() {
+            self.rings.found_again();
+            self.overruns += 1;
+            self.settled = self.kernel.filled();
+        }
+        while self.settled < written {
+            assert!(self.told.contains(&self.settled), "lost unnoticed");
+            self.settled += 1;
+        }
+        self.told = self.told.split_off(&self.settled);
+        // An entry may be read before it is counted.
+        assert!(self.kernel.reset() <= self.kernel.filled() + 1);
+    }
+}
+
+/// One that is emulated, on a processor of its own: it goes round the ring while entries are read, skipped and reset.
+#[test]
+fn nothing_is_lost_unnoticed_while_a_vcpu_goes_round_its_ring() {
+    const BATCHES: u64 = 5000;
+    let kernel = Kernel::new();
+    let reader = Mutex::new(Reader {
+        kernel: &kernel,
+        rings: rings(&kernel),
+        told: BTreeSet::new(),
+        settled: 0,
+        overruns: 0,
+    });
+    let ended = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            for batch in 0..BATCHES {
+                while kernel.is_full() {
+                    reader.lock().unwrap().read(true);
+                }
+                // From little to twice round the ring.
+                for _ in 0..batch * batch % (2 * SIZE + 1) {
+                    kernel.push(0, kernel.filled());
+                }
+            }
+            ended.store(true, SeqCst);
+        });
+        while !ended.load(SeqCst) {
+            reader.lock().unwrap().read(false);
+            // Else the vCPU would not have its turn.
+            thread::yield_now();
+        }
+    });
+    let mut reader = reader.into_inner().unwrap();
+    reader.read(false);
+    assert_eq!(reader.settled, kernel.filled());
+    assert!(reader.overruns > 0);
 }
 
 /// What the world does to rings: here and below, an index is that of a vCPU.
@@ -298,7 +376,7 @@ impl World {
     /// No ring may be reset beyond what it was filled to, or it counts as full for ever.
     fn is_sound(&self) -> bool {
         let mut kernels = self.kernels.iter();
-        kernels.all(|kernel| kernel.reset.get() <= kernel.filled.get())
+        kernels.all(|kernel| kernel.reset() <= kernel.filled())
     }
 }
 
