@@ -17,6 +17,11 @@ impl Pace {
         Self { limit, next: now }
     }
 
+    /// What of a rate that was measured can be true: a frame that is sent at once, and paid for after the measurement, makes it look higher.
+    pub(super) fn at_most(&self, rate: u64) -> u64 {
+        self.limit.map_or(rate, |limit| rate.min(limit))
+    }
+
     /// `Err` with the moment before which nothing may be sent.
     pub(super) fn ready(&self, now: Micros) -> Result<(), Micros> {
         if self.limit.is_some() && now < self.next {
@@ -57,5 +62,13 @@ mod tests {
             }
         }
         assert!((1_000_000..=1_060_000).contains(&sent), "{sent}");
+    }
+
+    #[test]
+    fn no_rate_is_believed_that_the_limit_does_not_allow() {
+        let pace = Pace::new(Micros(0), Some(1_000_000));
+        assert_eq!(pace.at_most(4_500_000), 1_000_000);
+        assert_eq!(pace.at_most(900_000), 900_000);
+        assert_eq!(Pace::new(Micros(0), None).at_most(u64::MAX), u64::MAX);
     }
 }

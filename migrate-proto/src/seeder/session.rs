@@ -179,7 +179,8 @@ impl Session {
             self.round_bytes
         };
         let rate = u128::from(moved) * 1_000_000 / u128::from(took.0.max(1));
-        let rate = u64::try_from(rate).unwrap_or(u64::MAX).max(1);
+        let rate = u64::try_from(rate).unwrap_or(u64::MAX);
+        let rate = self.pace.at_most(rate).max(1);
         self.bandwidth = if moved >= TELLING {
             rate
         } else {

@@ -17,6 +17,10 @@ impl Pair {
 
     /// What holds at every moment.
     pub(super) fn check(&self) {
+        let seen = self.seeder.observation().map(|seen| seen.bandwidth);
+        if let (Some(seen), Some(limit)) = (seen, self.plan.bandwidth) {
+            assert!(seen <= limit, "{seen} bytes a second, of {limit}");
+        }
         let here = (
             self.seeder.ownership() == Ownership::Here,
             self.leecher.ownership() == Ownership::Here,
