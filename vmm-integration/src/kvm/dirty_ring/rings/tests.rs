@@ -3,7 +3,7 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::thread;
 
 use proptest::prelude::*;
@@ -277,9 +277,8 @@ fn nothing_is_lost_unnoticed_while_a_vcpu_goes_round_its_ring() {
         settled: 0,
         overruns: 0,
     });
-    let ended = AtomicBool::new(false);
     thread::scope(|scope| {
-        scope.spawn(|| {
+        let vcpu = scope.spawn(|| {
             for batch in 0..BATCHES {
                 while kernel.is_full() {
                     reader.lock().unwrap().read(true);
@@ -289,9 +288,8 @@ fn nothing_is_lost_unnoticed_while_a_vcpu_goes_round_its_ring() {
                     kernel.push(0, kernel.filled());
                 }
             }
-            ended.store(true, SeqCst);
         });
-        while !ended.load(SeqCst) {
+        while !vcpu.is_finished() {
             reader.lock().unwrap().read(false);
             // Else the vCPU would not have its turn.
             thread::yield_now();
