@@ -221,23 +221,15 @@ impl Uffd {
     /// # Errors
     /// As [`install`](Self::install).
     pub fn poison(&self, range: Range<u64>, page_size: u64) -> io::Result<Installed> {
-        self.fill(
-            range.start,
-            raw_range(&range)?.len,
-            page_size,
-            |done, len| {
-                let mut poison = raw::uffdio_poison {
-                    range: raw::uffdio_range {
-                        start: range.start + done,
-                        len,
-                    },
-                    mode: 0,
-                    updated: 0,
-                };
-                let result = self.ioctl::<UFFDIO_POISON, _>(&mut poison);
-                (result, poison.updated)
-            },
-        )
+        self.fill_range(&range, page_size, |range| {
+            let mut poison = raw::uffdio_poison {
+                range,
+                mode: 0,
+                updated: 0,
+            };
+            let result = self.ioctl::<UFFDIO_POISON, _>(&mut poison);
+            (result, poison.updated)
+        })
     }
 
     /// Makes the missing pages of `range` present with zeros and wakes who waits on them; like
@@ -246,23 +238,15 @@ impl Uffd {
     /// # Errors
     /// As [`install`](Self::install).
     pub fn zero(&self, range: Range<u64>, page_size: u64) -> io::Result<Installed> {
-        self.fill(
-            range.start,
-            raw_range(&range)?.len,
-            page_size,
-            |done, len| {
-                let mut zero = raw::uffdio_zeropage {
-                    range: raw::uffdio_range {
-                        start: range.start + done,
-                        len,
-                    },
-                    mode: 0,
-                    zeropage: 0,
-                };
-                let result = self.ioctl::<{ ioctl::UFFDIO_ZEROPAGE }, _>(&mut zero);
-                (result, zero.zeropage)
-            },
-        )
+        self.fill_range(&range, page_size, |range| {
+            let mut zero = raw::uffdio_zeropage {
+                range,
+                mode: 0,
+                zeropage: 0,
+            };
+            let result = self.ioctl::<{ ioctl::UFFDIO_ZEROPAGE }, _>(&mut zero);
+            (result, zero.zeropage)
+        })
     }
 
     /// Maps pages of `range` that the memory's file has, after minor faults, and wakes who waits on them.
@@ -270,23 +254,15 @@ impl Uffd {
     /// # Errors
     /// As [`install`](Self::install); `EFAULT` where the file has no page.
     pub fn map_present(&self, range: Range<u64>, page_size: u64) -> io::Result<Installed> {
-        self.fill(
-            range.start,
-            raw_range(&range)?.len,
-            page_size,
-            |done, len| {
-                let mut present = raw::uffdio_continue {
-                    range: raw::uffdio_range {
-                        start: range.start + done,
-                        len,
-                    },
-                    mode: 0,
-                    mapped: 0,
-                };
-                let result = self.ioctl::<{ ioctl::UFFDIO_CONTINUE }, _>(&mut present);
-                (result, present.mapped)
-            },
-        )
+        self.fill_range(&range, page_size, |range| {
+            let mut present = raw::uffdio_continue {
+                range,
+                mode: 0,
+                mapped: 0,
+            };
+            let result = self.ioctl::<{ ioctl::UFFDIO_CONTINUE }, _>(&mut present);
+            (result, present.mapped)
+        })
     }
 
     /// Write-protects `range`, registered with [`Mode::wp`], or lifts the protection and wakes who waits.
@@ -406,6 +382,22 @@ impl Uffd {
             }
         }
         Ok(installed)
+    }
+
+    /// The same, where `step` gets the part of `range` that is next.
+    fn fill_range(
+        &self,
+        range: &Range<u64>,
+        page_size: u64,
+        mut step: impl FnMut(raw::uffdio_range) -> (Result<(), Errno>, i64),
+    ) -> io::Result<Installed> {
+        let whole = raw_range(range)?;
+        self.fill(whole.start, whole.len, page_size, |done, len| {
+            step(raw::uffdio_range {
+                start: whole.start + done,
+                len,
+            })
+        })
     }
 
     /// Runs ioctl `NUMBER`, whose argument is a `T`.
