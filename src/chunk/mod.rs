@@ -18,6 +18,7 @@ mod store;
 mod stripes;
 pub(crate) mod sync;
 mod synced;
+mod zeros;
 
 pub(crate) use atomic_bitmap::AtomicBitmap;
 pub use caches::Caches;
@@ -36,3 +37,4 @@ pub(crate) use storage::check_range;
 pub use storage::{Storage, write_zeros};
 pub use store::ChunkStore;
 pub use synced::{Listener, Synced};
+pub(crate) use zeros::is_zeros;

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::answer::Agreed;
 use super::export::{Context, Export, Refused};
-use crate::chunk::write_zeros;
+use crate::chunk::{is_zeros, write_zeros};
 use crate::nbd::{
     BlockStatus, Command, CommandFlags, Errno, Extent, Hole, Request, StatusFlags, limits,
 };
@@ -15,8 +15,6 @@ const BLOCK: usize = 4 << 10;
 const CACHE_STEP: usize = 256 << 10;
 /// How much is looked through at once for a block status: so many bytes have at most 32 Ki ranges, which take up 512 KiB.
 const STATUS_STEP: u64 = 128 << 20;
-
-static ZEROS: [u8; BLOCK] = [0; BLOCK];
 
 impl Request {
     /// How many bytes follow the request.
@@ -325,7 +323,7 @@ pub(super) fn runs(bytes: &[u8], offset: u64) -> Vec<Run> {
         let into = usize::try_from((offset + at as u64) % BLOCK as u64).expect("less than a block");
         let end = bytes.len().min(at + BLOCK - into);
         let block = &bytes[at..end];
-        let zero = block == &ZEROS[..block.len()];
+        let zero = is_zeros(block);
         let len = u32::try_from(block.len()).expect("at most a block");
         match runs.last_mut() {
             Some(Run::Data(last)) if !zero => last.end = end,
@@ -347,7 +345,7 @@ pub(super) fn has_zeros(bytes: &[u8], offset: u64) -> bool {
     while at < bytes.len() {
         let into = usize::try_from((offset + at as u64) % BLOCK as u64).expect("less than a block");
         let end = bytes.len().min(at + BLOCK - into);
-        if bytes[at..end] == ZEROS[..end - at] {
+        if is_zeros(&bytes[at..end]) {
             return true;
         }
         at = end;

@@ -12,7 +12,7 @@ use super::retry::Waiting;
 use super::serve::{OnFault, Running, Service};
 use super::snapshot::{RefusedSnapshot, Snapshot, SnapshotError};
 use super::{Failure, SliceOptions};
-use crate::chunk::Storage;
+use crate::chunk::{Storage, is_zeros};
 use crate::sys::mapping::page_size;
 use crate::sys::uffd::{Features, Mode, Pages, Uffd};
 
@@ -265,14 +265,6 @@ impl SnapshotServer {
     fn pager(&self) -> &Pager {
         &self.service.pager
     }
-}
-
-fn is_zeros(bytes: &[u8]) -> bool {
-    // Each byte is as the one before it: one comparison of memory.
-    let same = |rest: &[u8]| *rest == bytes[..rest.len()];
-    bytes
-        .split_first()
-        .is_none_or(|(&first, rest)| first == 0 && same(rest))
 }
 
 /// Checks what only the storage and the kernel know.

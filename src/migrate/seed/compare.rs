@@ -6,6 +6,7 @@ use migrate_proto::{ChunkBitmap, Layout, ZERO_DIGEST, chunk_digest};
 
 use super::SourceRegion;
 use super::present_chunks;
+use crate::chunk::is_zeros;
 use crate::migrate::progress::Verdict;
 
 /// How many bytes are read at once: stays in the second-level cache.
@@ -78,7 +79,7 @@ impl Digests {
 }
 
 fn digest(bytes: &[u8]) -> u64 {
-    if bytes.iter().all(|&byte| byte == 0) {
+    if is_zeros(bytes) {
         ZERO_DIGEST
     } else {
         chunk_digest(bytes)

@@ -11,6 +11,7 @@ use migrate_proto::{
 
 use super::SourceRegion;
 use super::offers::{self, Offers};
+use crate::chunk::is_zeros;
 use crate::migrate::clock::Clock;
 use crate::migrate::monitor::Monitor;
 use crate::migrate::on_panic::OnPanic;
@@ -161,9 +162,6 @@ struct Frame {
     offered: Vec<Option<[u8; 16]>>,
 }
 
-/// Compared with a chunk to see whether it is zero; memcmp does that faster than anything else.
-static ZEROS: [u8; 4 << 20] = [0; 4 << 20];
-
 impl Frame {
     fn fill(
         &mut self,
@@ -215,7 +213,7 @@ impl Frame {
             {
                 let end = (start + size).min(len);
                 let bytes = &self.buffer[used + start..used + end];
-                if *bytes == ZEROS[..bytes.len()] {
+                if is_zeros(bytes) {
                     self.zero += bytes.len() as u64;
                     self.push(ChunkRun::new(chunk, 1), Content::Zero);
                 } else if let Some(key) = &key
