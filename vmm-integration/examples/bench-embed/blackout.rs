@@ -1,17 +1,17 @@
 //! How long a guest of `minivmm` stands still when it moves.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use guest_test::tiny::TinyGuest;
 use serde_json::{Value, json};
 
 #[path = "../../tests/minivmm/vmm.rs"]
-mod vmm;
+pub(crate) mod vmm;
 
 use vmm::{Shape, Vmm, migrate};
 
 use crate::listener::Listener;
+use crate::millis;
 
 /// Pages that the guest writes all the time: 8 MiB.
 const WORKING_SET: u64 = 2048;
@@ -41,7 +41,7 @@ impl Blackouts {
             ..Shape::default()
         };
         let mut listener = Listener::new();
-        let console = listener.path();
+        let console = listener.path().to_owned();
         let console = ["--console", console.to_str().unwrap()];
         let guest = TinyGuest::stomper(WORKING_SET);
         let mut here = Vmm::boot_in(shape, guest, EVERY, Vmm::command(), &console);
@@ -86,10 +86,6 @@ impl Blackouts {
     pub(crate) fn total(&self) -> f64 {
         at(&self.total, 50)
     }
-}
-
-fn millis(time: Duration) -> f64 {
-    time.as_secs_f64() * 1e3
 }
 
 fn at(figures: &[f64], percent: usize) -> f64 {

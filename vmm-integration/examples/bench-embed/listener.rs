@@ -1,6 +1,5 @@
 //! Who reads the console of a guest, wherever it runs, and notices when it is silent.
 
-use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver};
@@ -9,6 +8,8 @@ use std::time::{Duration, Instant};
 
 use guest_test::tiny::report::Logbook;
 use tempfile::TempDir;
+
+use crate::blackout::vmm;
 
 /// Longer than a guest is ever silent.
 const LONG: Duration = Duration::from_secs(60);
@@ -19,22 +20,19 @@ pub(crate) struct Listener {
     lines: Receiver<(Instant, String)>,
     book: Logbook,
     heard: Option<Instant>,
-    place: TempDir,
+    path: PathBuf,
+    _place: TempDir,
 }
 
 impl Listener {
     pub(crate) fn new() -> Self {
         let place = tempfile::tempdir().unwrap();
-        let path = pipe(&place);
-        let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
-        let kind = rustix::fs::FileType::Fifo;
-        rustix::fs::mknodat(rustix::fs::CWD, &path, kind, mode, 0).unwrap();
+        let path = place.path().join("console");
+        let pipe = vmm::pipe_at(&path);
         let (tell, lines) = mpsc::channel();
-        // Both ends, so that neither opening it waits, nor is there an end while no machine has it open.
-        let both = File::options().read(true).write(true).open(&path).unwrap();
         // It ends with this program: nobody else can end what waits for a line.
         thread::spawn(move || {
-            for line in BufReader::new(both).lines() {
+            for line in BufReader::new(pipe).lines() {
                 let told = tell.send((Instant::now(), line.unwrap()));
                 if told.is_err() {
                     return;
@@ -45,18 +43,19 @@ impl Listener {
             lines,
             book: Logbook::default(),
             heard: None,
-            place,
+            path,
+            _place: place,
         }
     }
 
     /// Where machines print.
-    pub(crate) fn path(&self) -> PathBuf {
-        pipe(&self.place)
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Reads on until `count` more lines came; how long it was silent before each.
     pub(crate) fn hear(&mut self, count: usize) -> Vec<Duration> {
-        (0..count).filter_map(|_| self.next(LONG)).collect()
+        (0..count).filter_map(|_| self.next()).collect()
     }
 
     /// Reads what has come already; the same.
@@ -68,8 +67,8 @@ impl Listener {
         silences
     }
 
-    fn next(&mut self, patience: Duration) -> Option<Duration> {
-        let (at, line) = self.lines.recv_timeout(patience).expect("the guest runs");
+    fn next(&mut self) -> Option<Duration> {
+        let (at, line) = self.lines.recv_timeout(LONG).expect("the guest runs");
         self.note(at, &line)
     }
 
@@ -78,8 +77,4 @@ impl Listener {
         let before = self.heard.replace(at)?;
         Some(at - before)
     }
-}
-
-fn pipe(place: &TempDir) -> PathBuf {
-    Path::join(place.path(), "console")
 }

@@ -9,7 +9,7 @@ use guest_test::tiny::TinyGuest;
 use guest_test::tiny::report::Logbook;
 use serde_json::{Value, json};
 
-use crate::vmm::{Question, Shape, Vmm, migrate, until};
+use crate::vmm::{Question, Shape, Vmm, migrate, pipe_at, until};
 
 const CPUS: u64 = 2;
 
@@ -246,11 +246,7 @@ struct Console {
 
 impl Console {
     fn at(path: &Path) -> Self {
-        let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
-        let kind = rustix::fs::FileType::Fifo;
-        rustix::fs::mknodat(rustix::fs::CWD, path, kind, mode, 0).unwrap();
-        // Both ends, so that opening it does not wait.
-        let pipe = File::options().read(true).write(true).open(path).unwrap();
+        let pipe = pipe_at(path);
         Self { pipe }
     }
 

@@ -264,6 +264,14 @@ impl Question {
     }
 }
 
+/// A pipe that a machine may print into. Both ends are opened, so that neither opening it waits for somebody, nor does it end while nobody prints.
+pub(crate) fn pipe_at(path: &Path) -> File {
+    let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+    let kind = rustix::fs::FileType::Fifo;
+    rustix::fs::mknodat(rustix::fs::CWD, path, kind, mode, 0).unwrap();
+    File::options().read(true).write(true).open(path).unwrap()
+}
+
 /// Waits for `done`, looking again and again.
 pub(crate) fn until(what: &str, mut done: impl FnMut() -> bool) {
     let deadline = Instant::now() + LONG;
